@@ -1,0 +1,9 @@
+"""rankrace: LoRA fine-tuning in which nobody has to guess the rank."""
+
+from rankrace.choose import Selection, search
+from rankrace.config import RunConfig
+from rankrace.errors import RankraceError
+from rankrace.result import Result
+from rankrace.run import train
+
+__all__ = ["RankraceError", "Result", "RunConfig", "Selection", "search", "train"]

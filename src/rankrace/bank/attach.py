@@ -1,0 +1,280 @@
+"""The bank: K LoRA candidates on every target layer of one frozen model.
+
+Shapes: K candidates, R padded rank (a multiple of 8), D_in / D_out the widths of a layer.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rankrace.bank.head import BankHead
+from rankrace.bank.linear import BankLinear, BankSwitch, counter_seed, linear_shape
+from rankrace.bank.spectrum import spectrum
+from rankrace.errors import RankraceError
+
+HEAD_NAMES = ("score", "classifier")
+"""The attributes under which Transformers keeps a classifier; PEFT saves the same ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The trainable state of K candidates: all that tells one from another."""
+
+    ranks: tuple[int, ...]
+    multipliers: tuple[float, ...]
+    """s of ΔW = s·B A."""
+    factors: dict[str, tuple[Tensor, Tensor]]
+    """Layer name → A [K, R, D_in], B [K, D_out, R]; zero beyond each candidate's rank."""
+    heads: dict[str, tuple[Tensor, ...]]
+    """Head name → its parameters, each [K, …]."""
+
+    def keep(self, indices: Sequence[int]) -> "Candidates":
+        """Only these candidates, in this order, copied; R shrinks to what they need."""
+        ranks = tuple(self.ranks[i] for i in indices)
+        R, index = padded(max(ranks)), list(indices)
+        return Candidates(
+            ranks=ranks,
+            multipliers=tuple(self.multipliers[i] for i in indices),
+            factors={
+                n: (A[index, :R].clone(), B[index, :, :R].clone()) for n, (A, B) in self.factors.items()
+            },
+            heads={n: tuple(p[index].clone() for p in ps) for n, ps in self.heads.items()},
+        )
+
+    def truncations(self, k: int, ranks: Sequence[int], multipliers: Sequence[float]) -> "Candidates":
+        """Candidate k's update at several lower ranks: the best rank-r approximation of each layer's ΔW."""
+        K, R = len(ranks), padded(max(ranks))
+        factors = {}
+        for name, (A, B) in self.factors.items():
+            r_k = self.ranks[k]
+            whole = spectrum(A[k, :r_k], B[k, :, :r_k], self.multipliers[k])
+            A_KRD, B_KDR = A.new_zeros(K, R, A.shape[2]), B.new_zeros(K, B.shape[1], R)
+            for j, (r, s) in enumerate(zip(ranks, multipliers, strict=True)):
+                A_KRD[j, :r], B_KDR[j, :, :r] = whole.truncated(r, s)
+            factors[name] = (A_KRD, B_KDR)
+        heads = {n: tuple(p[[k] * K].clone() for p in ps) for n, ps in self.heads.items()}
+        return Candidates(ranks=tuple(ranks), multipliers=tuple(multipliers), factors=factors, heads=heads)
+
+
+class Bank:
+    """Puts K candidates on a model's target layers; the model's own weights are frozen.
+
+    Args:
+        model: the base; its target layers are replaced by `BankLinear`, its classifier by `BankHead`.
+        target_modules: "all-linear", or endings of layer names.
+        seed: fixes the initial factors and the dropout masks.
+        dropout: on the adapters' inputs, in training steps only.
+
+    Raises:
+        RankraceError: no layer has such a name.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        target_modules: str | Sequence[str] = "all-linear",
+        seed: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.seed = seed
+        self.dropout = dropout
+        self.switch = BankSwitch(seed=seed)
+        model.requires_grad_(False)
+        targets = find_targets(model, target_modules)
+        self.heads = {
+            name: BankHead(module, self.switch)
+            for name, module in model.named_children()
+            if name in HEAD_NAMES and any(True for _ in module.parameters())
+        }
+        self.layers = {n: BankLinear(m, i, self.switch) for i, (n, m) in enumerate(targets.items())}
+        for name, replacement in {**self.layers, **self.heads}.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, replacement)
+        self.candidates = Candidates(ranks=(), multipliers=(), factors={}, heads={})
+
+    def detach(self) -> None:
+        """Puts the model's own modules back."""
+        originals = {n: layer.base for n, layer in self.layers.items()}
+        originals |= {n: head.original for n, head in self.heads.items()}
+        for name, module in originals.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, module)
+
+    # --- which candidates there are
+
+    def start(self, ranks: Sequence[int], multipliers: Sequence[float]) -> None:
+        """Fresh candidates: A ~ U(±1/√D_in) as in PEFT, B = 0.
+
+        Nested: a candidate of rank r gets the first r rows of what any larger one gets, alone or in company.
+        """
+        self.check_ranks(ranks)
+        K, R = len(ranks), padded(max(ranks))
+        factors = {}
+        for name, layer in self.layers.items():
+            generator = torch.Generator().manual_seed(counter_seed(self.seed, layer.index))
+            widest_RD = torch.rand(max(ranks), layer.d_in, generator=generator, dtype=torch.float32)
+            widest_RD = (widest_RD.mul_(2).sub_(1) / layer.d_in**0.5).to(self.device, self.dtype)
+            A_KRD = torch.zeros(K, R, layer.d_in, dtype=self.dtype, device=self.device)
+            for k, r in enumerate(ranks):
+                A_KRD[k, :r] = widest_RD[:r]
+            factors[name] = (A_KRD, A_KRD.new_zeros(K, layer.d_out, R))
+        heads = {
+            n: tuple(
+                p.detach().to(self.dtype).expand(K, *p.shape).clone() for p in head.original.parameters()
+            )
+            for n, head in self.heads.items()
+        }
+        self.load(
+            Candidates(ranks=tuple(ranks), multipliers=tuple(multipliers), factors=factors, heads=heads)
+        )
+
+    def load(self, candidates: Candidates) -> None:
+        """Makes these the candidates (their tensors become the parameters, uncopied)."""
+        self.candidates = candidates
+        self.switch.active = slice(0, len(candidates.ranks))
+        multiplier_K = torch.tensor(candidates.multipliers, dtype=self.dtype, device=self.device)
+        for name, layer in self.layers.items():
+            A_KRD, B_KDR = candidates.factors[name]
+            layer.A_KRD, layer.B_KDR = nn.Parameter(A_KRD), nn.Parameter(B_KDR)
+            layer.multiplier_K = multiplier_K
+        for name, head in self.heads.items():
+            head.stacked = nn.ParameterList([nn.Parameter(p) for p in candidates.heads[name]])
+
+    @contextmanager
+    def borrowed(self, candidates: Candidates) -> Iterator[None]:
+        """Runs with other candidates for a while, then puts the present ones back."""
+        layers = [(layer, layer.A_KRD, layer.B_KDR, layer.multiplier_K) for layer in self.layers.values()]
+        heads = [(head, head.stacked) for head in self.heads.values()]
+        before = self.candidates
+        try:
+            self.load(candidates)
+            yield
+        finally:
+            self.candidates = before
+            self.switch.active = slice(0, len(before.ranks))
+            for layer, A_KRD, B_KDR, multiplier_K in layers:
+                layer.A_KRD, layer.B_KDR, layer.multiplier_K = A_KRD, B_KDR, multiplier_K
+            for head, stacked in heads:
+                head.stacked = stacked
+
+    # --- how a pass runs
+
+    @contextmanager
+    def only(self, active: slice) -> Iterator[None]:
+        """Runs these candidates alone: activations are then [active, …]."""
+        before = self.switch.active
+        self.switch.active = active
+        try:
+            yield
+        finally:
+            self.switch.active = before
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Runs the plain base model, one row outermost."""
+        self.switch.enabled = False
+        try:
+            yield
+        finally:
+            self.switch.enabled = True
+
+    @contextmanager
+    def training(self, step: int, micro: int) -> Iterator[None]:
+        """Dropout on, with the masks of this step and micro-batch."""
+        self.switch.dropout, self.switch.step, self.switch.micro = self.dropout, step, micro
+        try:
+            yield
+        finally:
+            self.switch.dropout = 0.0
+
+    # --- what it consists of
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trainable tensor; each has the candidates outermost."""
+        factors = [p for layer in self.layers.values() for p in (layer.A_KRD, layer.B_KDR)]
+        return factors + [cast(nn.Parameter, p) for head in self.heads.values() for p in head.stacked]
+
+    def trainable_parameters(self, rank: int) -> int:
+        """Σ over layers of r·(D_in + D_out), plus the heads."""
+        factors = rank * sum(layer.d_in + layer.d_out for layer in self.layers.values())
+        return factors + sum(p.numel() for head in self.heads.values() for p in head.original.parameters())
+
+    @property
+    def base_parameters(self) -> int:
+        """Of the model as it came, heads included."""
+        added = {id(p) for p in self.parameters()}
+        return sum(p.numel() for p in self.model.parameters() if id(p) not in added)
+
+    @property
+    def largest_rank(self) -> int:
+        """Above the width of its smallest layer a rank buys nothing."""
+        return min(min(layer.d_in, layer.d_out) for layer in self.layers.values())
+
+    def check_ranks(self, ranks: Sequence[int]) -> None:
+        for r in ranks:
+            if not 1 <= r <= self.largest_rank:
+                raise RankraceError(
+                    f"rank {r} is outside 1 … {self.largest_rank}",
+                    why="a LoRA rank is at least 1, and above the width of the smallest target layer it buys nothing",
+                    fix=f"choose ranks between 1 and {self.largest_rank}, or other target modules",
+                )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors: float32 masters, or float64 on a float64 model."""
+        return torch.float64 if self.model.dtype == torch.float64 else torch.float32
+
+
+def padded(rank: int) -> int:
+    """The next multiple of 8: grouped and tensor-core products want 16-byte strides in bfloat16."""
+    return -(-rank // 8) * 8
+
+
+def find_targets(model: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The layers to adapt, by name, in the model's order. "all-linear" leaves out the output head."""
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and name.partition(".")[0] not in HEAD_NAMES
+    }
+    if target_modules == "all-linear":
+        chosen = linear
+    else:
+        endings = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        missing = [e for e in endings if not any(matches(name, e) for name in linear)]
+        if missing:
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise RankraceError(
+                f"{type(model).__name__} has no linear layer named {', '.join(missing)}",
+                why="an adapter needs layers to sit on",
+                fix=f"choose among {', '.join(known) or 'none'}, or target_modules=all-linear",
+            )
+        chosen = {name: module for name, module in linear.items() if any(matches(name, e) for e in endings)}
+    if not chosen:
+        raise RankraceError(
+            f"{type(model).__name__} has no linear layers to adapt",
+            why="LoRA sits on nn.Linear or Conv1D layers",
+            fix="use a model with such layers",
+        )
+    assert all(linear_shape(module) for module in chosen.values())
+    return chosen
+
+
+def matches(name: str, ending: str) -> bool:
+    """PEFT's rule: the whole name, or its end after a dot."""
+    return name == ending or name.endswith("." + ending)

@@ -1,0 +1,41 @@
+"""The singular values of a LoRA update, without ever forming the update.
+
+ΔW = s·B A with B [D_out, R], A [R, D_in]. QR of both factors leaves an R×R core:
+B = Q_B R_B, Aᵀ = Q_A R_A, so ΔW = Q_B (s·R_B R_Aᵀ) Q_Aᵀ, and the SVD of the core is that of ΔW.
+Cost O((D_in + D_out) R²) instead of O(D_in D_out min(D_in, D_out)).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """ΔW = U diag(S) Vᵀ, singular values in descending order."""
+
+    U_DR: Tensor
+    """[D_out, R], orthonormal columns."""
+    S_R: Tensor
+    """[R]"""
+    V_DR: Tensor
+    """[D_in, R], orthonormal columns."""
+
+    def truncated(self, rank: int, multiplier: float) -> tuple[Tensor, Tensor]:
+        """The best rank-r approximation of ΔW (Eckart-Young) as LoRA factors.
+
+        Returns A [r, D_in] and B [D_out, r] with `multiplier`·B A = U_r S_r V_rᵀ. √S goes into both, so that
+        neither factor's gradient is scaled apart from the other's.
+        """
+        assert 1 <= rank <= self.S_R.numel(), f"rank {rank} of a spectrum of {self.S_R.numel()}"
+        root_r = (self.S_R[:rank] / multiplier).sqrt()
+        return (self.V_DR[:, :rank] * root_r).T.contiguous(), self.U_DR[:, :rank] * root_r
+
+
+def spectrum(A_RD: Tensor, B_DR: Tensor, multiplier: float) -> Spectrum:
+    """The SVD of `multiplier`·B A, computed in float64. Zero rows of A and columns of B are allowed."""
+    Q_B, R_B = torch.linalg.qr(B_DR.double())
+    Q_A, R_A = torch.linalg.qr(A_RD.double().T)
+    U, S, Vh = torch.linalg.svd(multiplier * R_B @ R_A.T)
+    return Spectrum(U_DR=Q_B @ U, S_R=S, V_DR=Q_A @ Vh.T)

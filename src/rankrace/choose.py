@@ -1,0 +1,144 @@
+"""Only the choice: which rank for this model and these data, without a finished adapter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft import LoraConfig, TaskType
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankrace.bank import adapter_of, lora_config
+from rankrace.config import RunConfig
+from rankrace.data import encode_splits, make_encoder, read_splits, split_rows
+from rankrace.data.checks import check_encoded, preview_text
+from rankrace.data.encoded import Task
+from rankrace.data.sources import SourceRows
+from rankrace.progress import Progress
+from rankrace.run import alarm_if_diverged, open_session, reason_of, task_of
+from rankrace.select.objective import Point
+from rankrace.select.reason import is_confident
+from rankrace.session import Session, prepare
+from rankrace.train.model import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A chosen rank and what speaks for it."""
+
+    rank: int
+    reason: str
+    curve: tuple[Point, ...]
+    """Loss, paired standard error, penalty and objective of every rank that was measured."""
+    confident: bool
+    edge: Literal["low", "high"] | None
+    learning_rate: float
+    """Peak learning rate for this rank."""
+    _config: LoraConfig
+
+    def lora_config(self) -> LoraConfig:
+        """Ready for `peft.get_peft_model`; the factors start fresh."""
+        return LoraConfig(**self._arguments())
+
+    def code(self) -> str:
+        """The same as Python text."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
+        return f"peft.LoraConfig({arguments})  # learning rate {self.learning_rate:.3g}"
+
+    def _arguments(self) -> dict[str, Any]:
+        c = self._config
+        assert isinstance(c.target_modules, set | list) and c.task_type is not None
+        chosen = {
+            "task_type": TaskType(c.task_type).value,
+            "r": c.r,
+            "lora_alpha": c.lora_alpha,
+            "target_modules": sorted(c.target_modules),
+        }
+        if c.fan_in_fan_out:
+            chosen["fan_in_fan_out"] = True
+        return chosen
+
+
+def search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[dict[str, Any]],
+    validation: Sequence[dict[str, Any]] | None = None,
+    *,
+    task: Task = "causal",
+    **options: Any,
+) -> Selection:
+    """Chooses the rank for a loaded model and rows in memory; the model comes back as it was.
+
+    Args:
+        train: rows in any of the known shapes, such as {"prompt": …, "completion": …}.
+        validation: held-out rows; without them a part of `train` is held out.
+        options: any field of RunConfig but model, data and out.
+
+    Raises:
+        RankraceError: faults in the rows or the options.
+    """
+    config = RunConfig(model=model.name_or_path or "model", data="rows", **options)
+    source = SourceRows(
+        train=list(train),
+        validation=None if validation is None else list(validation),
+        train_where="train",
+        validation_where="validation",
+    )
+    read = split_rows(source, config)
+    data = encode_splits(read, make_encoder(config, tokenizer, task, read))
+    attention, required = model.config._attn_implementation, [p.requires_grad for p in model.parameters()]
+    training = model.training
+    session = prepare(config, data, model, task)
+    try:
+        with Progress() as progress:
+            return choose(session, progress)
+    finally:
+        session.trainer.bank.detach()
+        model.set_attn_implementation(attention)
+        model.train(training)
+        for parameter, before in zip(model.parameters(), required, strict=True):
+            parameter.requires_grad_(before)
+
+
+def search_config(config: RunConfig) -> Selection:
+    """The same from names: loads the model and the data that the configuration names; writes nothing."""
+    with Progress() as progress:
+        session, _, _ = open_session(config, progress)
+        return choose(session, progress)
+
+
+def choose(session: Session, progress: Progress) -> Selection:
+    """Trains up to the decision."""
+    trainer, run = session.trainer, session.search
+    progress.start(trainer.total, 0, 0)
+    for loss_K in run.run(only_choice=True):
+        if progress.due(trainer.step):
+            losses = loss_K.tolist()
+            alarm_if_diverged(losses, trainer.step)
+            progress.update(trainer.step, run.ranks, losses, trainer.tokens)
+    look, bank = run.state.looks[-1], trainer.bank
+    return Selection(
+        rank=look.verdict.pick,
+        reason=reason_of(session),
+        curve=look.verdict.points,
+        confident=is_confident(look),
+        edge=look.edge,
+        learning_rate=run.setting(look.verdict.pick).lr,
+        _config=lora_config(bank, adapter_of(bank, 0)),
+    )
+
+
+def preview_config(config: RunConfig, rows: int = 3) -> tuple[Text, list[str]]:
+    """The first training rows with their supervised tokens marked, and what is to be said of the data.
+
+    Raises:
+        RankraceError: a fault that would spoil the training.
+    """
+    tokenizer = load_tokenizer(config.model)
+    task = task_of(config)
+    read = read_splits(config)
+    data = encode_splits(read, make_encoder(config, tokenizer, task, read))
+    findings = check_encoded(data.train, data.validation, tokenizer=tokenizer, task=task, labels=data.labels)
+    notes = data.notes + [f"Note: {f.what} {f.advice}" for f in findings]
+    return preview_text(data.train.examples, tokenizer, rows), notes

@@ -1,0 +1,217 @@
+"""The command line. Each option of `train`, `search` and `preview` is a field of RunConfig, and nothing else."""
+
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from rankrace.config import RunConfig
+from rankrace.errors import RankraceError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LoRA fine-tuning in which nobody has to guess the rank.",
+)
+out = Console(highlight=False, soft_wrap=True)
+
+YAML_ONLY = {"rank_lr"}
+
+
+def main() -> None:
+    """Errors a user can mend end with code 2 and three lines; Ctrl-C with 130 and the command to go on."""
+    from rankrace.interrupt import Interrupted
+
+    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app()
+    except RankraceError as error:
+        err.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except Interrupted as stop:
+        err.print(f"Stopped and saved. Go on with:\n  {stop.resume}", markup=False)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        err.print("Stopped.")
+        sys.exit(130)
+
+
+def merged(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
+    """One configuration from a YAML file and the command line, which wins.
+
+    Raises:
+        RankraceError: an unreadable file, an unknown key (with the nearest known one) or a bad value.
+    """
+    values: dict[str, Any] = {}
+    if config_file is not None:
+        try:
+            values = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise RankraceError(
+                f"cannot read the configuration {config_file}: {error}",
+                why="its options were to be used",
+                fix="give a YAML file with one option a line, such as `ranks: [2, 4, 8]`",
+            ) from error
+        if not isinstance(values, dict):
+            raise RankraceError(
+                f"{config_file} does not hold options",
+                why="a configuration is a mapping of option names to values",
+                fix="write one `name: value` a line",
+            )
+        values = {str(k).replace("-", "_"): v for k, v in values.items()}
+    values.update({name: value for name, value in given.items() if value is not None})
+    return checked(values)
+
+
+def checked(values: dict[str, Any]) -> RunConfig:
+    """RunConfig from plain values, with errors a user can read."""
+    unknown = [key for key in values if key not in RunConfig.model_fields]
+    if unknown:
+        near = get_close_matches(unknown[0], RunConfig.model_fields, n=1)
+        raise RankraceError(
+            f"there is no option {unknown[0]!r}",
+            why="it would be ignored in silence",
+            fix=f"did you mean {near[0]!r}?" if near else "see `rankrace train --help`",
+        )
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-") if first["loc"] else "configuration"
+        missing = first["type"] == "missing"
+        raise RankraceError(
+            f"--{name} is missing" if missing else f"--{name} {first.get('input')!r}: {first['msg']}",
+            why="the run cannot start without it"
+            if missing
+            else "the value is outside what the option takes",
+            fix=f"give --{name}; `rankrace train --help` says what it takes",
+        ) from error
+
+
+def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:
+    """Gives a command one flag for each field of RunConfig, and --config."""
+
+    def wrapper(**given: Any) -> None:
+        config_file = given.pop("config")
+        command(merged(config_file, {k: split_list(k, v) for k, v in given.items()}))
+
+    parameters = [
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Path | None, typer.Option("--config", help="A YAML file with any of these options.")
+            ],
+        )
+    ]
+    for name, info in RunConfig.model_fields.items():
+        if name in YAML_ONLY:
+            continue
+        flag = "--" + name.replace("_", "-")
+        kind = flag_type(info.annotation)
+        shown = (
+            "" if info.is_required() or info.default is None else f" [default: {shown_default(info.default)}]"
+        )
+        names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+        option = typer.Option(names, help=(info.description or "") + shown, show_default=False)
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    return wrapper
+
+
+def flag_type(annotation: Any) -> type:
+    """What the command line passes on: bool, int and float as such, everything else as text."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(a for a in get_args(annotation) if a is not type(None))
+        return flag_type(annotation)
+    if annotation in (bool, int, float):
+        return annotation
+    return str
+
+
+def split_list(name: str, value: Any) -> Any:
+    """2,4,8 → (2, 4, 8) for the options that take several values."""
+    if name == "ranks" and value is not None:
+        return tuple(part for part in str(value).split(",") if part)
+    if name == "target_modules" and value not in (None, "all-linear"):
+        return tuple(part.strip() for part in str(value).split(",") if part.strip())
+    return value
+
+
+def shown_default(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@app.command()
+@with_options
+def train(config: RunConfig) -> None:
+    """Choose the rank, train, and write adapter, result.json and report.html."""
+    from rankrace.run import train as run
+
+    result = run(config)
+    a, b = result.loss, result.accuracy
+    out.print(f"\nrank {result.rank}   {result.reason}", markup=False)
+    out.print(f"loss        {a.base:.4f} → {a.final:.4f} nats per token")
+    if b.base is not None and b.final is not None:
+        out.print(f"accuracy    {b.base:.1%} → {b.final:.1%}")
+    out.print(f"parameters  {result.trainable_parameters:,}")
+    out.print(f"time        {result.time.total_s:.0f} s, {result.time.search_s:.0f} s of it for the choice")
+    out.print(f"adapter     {config.out / 'adapter'}", markup=False)
+    out.print(f"report      {config.out / 'report.html'}", markup=False)
+
+
+@app.command()
+@with_options
+def search(config: RunConfig) -> None:
+    """Only choose the rank; print it, the reason, and a ready peft.LoraConfig."""
+    from rankrace.choose import search_config
+
+    chosen = search_config(config)
+    out.print(f"rank {chosen.rank}: {chosen.reason}", markup=False)
+    out.print(chosen.code(), markup=False)
+
+
+@app.command()
+@with_options
+def preview(config: RunConfig) -> None:
+    """Show how rows become tokens and which are supervised; stop on faults."""
+    from rankrace.choose import preview_config
+
+    text, notes = preview_config(config)
+    for note in notes:
+        out.print(note, markup=False)
+    out.print(text)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="OUT/adapter of a finished run.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Where the merged model goes.")],
+    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+) -> None:
+    """Merge an adapter into its 16-bit base model and verify the logits."""
+    from rankrace.merge import merge as run
+
+    worst = run(adapter, out_folder, model)
+    out.print(f"merged into {out_folder}; largest difference of a logit: {worst:.2g}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Every option of a run, checked when built. No logic lives here.
+
+One option = one field = one command-line flag (`--batch-size`) = one YAML key (`batch_size`).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Rank = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class RunConfig(BaseModel):
+    """A fine-tuning run. The docstring line of each field is its help text."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+    # --- what to train on what
+    model: str
+    """A Hugging Face model name or a local folder."""
+    data: str
+    """A hub data set name, a folder, or a jsonl / json / csv / tsv / parquet file."""
+    out: Path = Path("rankrace-out")
+    """The output folder."""
+    task: Literal["auto", "causal", "classification"] = "auto"
+    """auto: classification for an encoder such as BERT, causal language modelling otherwise."""
+    validation: str | None = None
+    """A file with validation rows. Without one (and no split of that name), part of the data is held out."""
+    validation_fraction: Fraction = 0.1
+    """The share of the rows (whole documents) held out where there is no validation split."""
+    validation_max: Annotated[int, Field(ge=1)] = 1000
+    """At most this many validation examples are measured at each look."""
+    train_max: Annotated[int, Field(ge=1)] | None = None
+    """Train on at most this many rows, drawn by the seed."""
+    group_column: str | None = None
+    """The column that names a row's document; rows of one document never straddle the split."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """auto: the model's chat template for messages and alpaca rows, plain text for prompt+completion rows."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longer examples are cut to this many tokens (the prompt first, from its start)."""
+
+    # --- which rank
+    strategy: Literal["shrink", "grid"] = "shrink"
+    """How the rank is found: shrink one wide adapter, or grid, the candidates side by side."""
+    ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (2, 4, 8, 16, 32)
+    """Candidate ranks. shrink starts at twice the largest and may pick any integer up to the largest."""
+    refine: bool = True
+    """Search the integers between the grid points too."""
+    kappa: Annotated[float, Field(ge=0)] = 0.001
+    """The share of the whole gain in loss that a doubling of the rank must buy."""
+    rule: Literal["one_se", "argmin"] = "one_se"
+    """one_se: the smallest rank whose objective is within one paired standard error of the best."""
+    search_fraction: Fraction = 0.15
+    """grid decides after this share of training; shrink decides when its pick is stable, at 0.30 at the latest."""
+
+    # --- LoRA
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """all-linear (all but the output head), or name endings such as q_proj,v_proj."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """LoRA's α. The multiplier is α/r (or α/√r)."""
+    scaling: Literal["lora", "rslora"] = "lora"
+    """lora: multiplier α/r, the same α for every rank. rslora: α/√r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapters' inputs. All candidates get the same masks."""
+
+    # --- optimisation
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate at the reference rank. Default: 5e-4·(2000/width)^0.78."""
+    rank_lr: dict[Rank, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Learning rates of single ranks, overriding the rule (YAML only)."""
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training rows."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimiser steps, whatever the epochs."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Examples in one optimiser step."""
+    micro_tokens: Annotated[int, Field(ge=1)] | None = None
+    """At most this many tokens in one packed row (one example is never cut for it). Default: by device."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning-rate decay after the warm-up, to zero at the end."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """The share of the steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm limit of each candidate by itself."""
+
+    # --- running
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Fixes initial factors, data order, split and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Compute type. auto: bfloat16 on CUDA, float32 elsewhere. Factors are kept in at least float32."""
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps between checkpoints. Default: a twentieth of the run."""
+    resume: bool = False
+    """Continue the run in --out, or start it if there is none."""

@@ -1,0 +1,127 @@
+"""Which rows are held out. The choice depends on the seed and on what the rows say, not on their order.
+
+Rows of one group (a document) stay on one side. Rows without a group are grouped by what they say, so that
+copies of a row never straddle the split.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from rankrace.data.formats import Conversation, Example, LabelledText, PlainText, PromptCompletion
+from rankrace.errors import RankraceError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """The two sides, rows in their original order."""
+
+    train: list[Example]
+    validation: list[Example]
+    dropped_duplicates: int
+    """Validation rows left out because the training rows hold a copy."""
+    how: str
+    """A sentence for the user: where the validation rows come from."""
+
+
+def content_key(example: Example) -> str:
+    """What a row says, in lower case and with single spaces: equal for copies of a row."""
+    match example:
+        case PromptCompletion():
+            parts = (example.prompt, example.completion)
+        case Conversation():
+            parts = tuple(part for m in example.messages for part in (m.role, m.content))
+        case LabelledText():
+            parts = (example.text, example.text_pair or "", example.label)
+        case PlainText():
+            parts = (example.text,)
+    return "\x1f".join(" ".join(part.split()).casefold() for part in parts)
+
+
+def _shuffle_key(seed: int, text: str) -> bytes:
+    """A random but repeatable place in the order of all texts."""
+    return blake2b(f"{seed}\x1f{text}".encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def draw(examples: Sequence[Example], maximum: int | None, seed: int) -> list[Example]:
+    """At most `maximum` of the rows, drawn by the seed, in their original order."""
+    if maximum is None or len(examples) <= maximum:
+        return list(examples)
+    places = sorted(range(len(examples)), key=lambda i: _shuffle_key(seed, content_key(examples[i])))
+    return [examples[i] for i in sorted(places[:maximum])]
+
+
+def split_examples(
+    train: Sequence[Example],
+    validation: Sequence[Example] | None,
+    fraction: float,
+    maximum: int,
+    seed: int,
+) -> Splits:
+    """Hold out validation rows, or clean the ones that are given.
+
+    With `validation`: copies of training rows leave it, and at most `maximum` rows are drawn from the rest.
+    Without: whole groups are held out in an order drawn by the seed, up to `fraction` of the rows (a group
+    that would overshoot is passed over); at most `maximum` rows of them are drawn, and a held-out group with
+    no row drawn goes back to the training rows.
+
+    Raises:
+        RankraceError: a side would be empty.
+    """
+    if validation is None:
+        return _hold_out(train, fraction, maximum, seed)
+    known = {content_key(example) for example in train}
+    fresh = [example for example in validation if content_key(example) not in known]
+    if not train or not fresh:
+        raise RankraceError(
+            f"of {len(train)} training and {len(validation)} validation rows, no pair of sides is left.",
+            why="validation rows that are also training rows measure memory, so they are left out.",
+            fix="give other validation rows, or none: then a part of the training rows is held out.",
+        )
+    drawn = draw(fresh, maximum, seed)
+    how = f"{len(drawn):,} of {len(validation):,} given validation rows"
+    return Splits(
+        train=list(train), validation=drawn, dropped_duplicates=len(validation) - len(fresh), how=how
+    )
+
+
+def _hold_out(examples: Sequence[Example], fraction: float, maximum: int, seed: int) -> Splits:
+    keys = [content_key(example) for example in examples]
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, example in enumerate(examples):
+        groups[("text", keys[i]) if example.group is None else ("group", example.group)].append(i)
+    if len(groups) < 2:
+        raise RankraceError(
+            f"{len(examples)} rows in {len(groups)} group(s) cannot be split into training and validation.",
+            why="rows of one document, and copies of one row, stay on one side.",
+            fix="give more rows, another group_column, or a file with --validation.",
+        )
+    order = sorted(groups, key=lambda group: _shuffle_key(seed, "\x1f".join(group)))
+    wanted = max(1, min(round(fraction * len(examples)), len(examples) - 1))
+    held_out: list[int] = []
+    for group in order:
+        if len(held_out) + len(groups[group]) <= wanted:
+            held_out += groups[group]
+    if not held_out:  # every group is larger than the share wanted
+        held_out = groups[min(order, key=lambda group: len(groups[group]))]
+
+    held_out.sort(key=lambda i: _shuffle_key(seed, keys[i]))
+    drawn = set(held_out[:maximum])
+    measured = {i for members in groups.values() if not drawn.isdisjoint(members) for i in members}
+    train = [example for i, example in enumerate(examples) if i not in measured]
+    known = {keys[i] for i in range(len(examples)) if i not in measured}
+    validation = [examples[i] for i in sorted(drawn) if keys[i] not in known]
+    if not validation:
+        raise RankraceError(
+            "every row that was held out is also a training row.",
+            why="the documents are copies of each other.",
+            fix="remove the copies, or give a file with --validation.",
+        )
+    unit = "rows" if len(groups) == len(examples) else "whole groups of rows"
+    return Splits(
+        train=train,
+        validation=validation,
+        dropped_duplicates=len(drawn) - len(validation),
+        how=f"{len(validation):,} of {len(examples):,} rows held out, as {unit}, by seed {seed}",
+    )

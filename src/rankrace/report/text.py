@@ -1,0 +1,151 @@
+"""Numbers and sentences shared by the page and the model card."""
+
+import shlex
+import textwrap
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rankrace.result import Candidate, Result
+
+
+def count(number: float) -> str:
+    """2433024 -> "2.43 M"; below ten thousand in full."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if unit == 'k' else size):.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def gibibytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if 0 < share < 0.1 else f"{100 * share:.0f}%"
+
+
+def loss_unit(result: Result) -> str:
+    return "nats per example" if result.task == "classification" else "nats per supervised token"
+
+
+def loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def templates(*, autoescape: bool) -> Environment:
+    """The package's templates, with the number formats of this file as filters."""
+    environment = Environment(
+        loader=PackageLoader("rankrace.report"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=count, duration=duration, gibibytes=gibibytes, percent=percent, loss=loss
+    )
+    return environment
+
+
+def r16_share(result: Result) -> str | None:
+    """The adapter's size against one of rank 16 on the same layers; None where ranks differ by layer."""
+    if result.rank_pattern:
+        return None
+    share = result.rank / 16
+    return f"{share:.3g}× an r=16 adapter" if share > 1 else f"{percent(share)} of an r=16 adapter"
+
+
+def warnings(result: Result) -> list[str]:
+    """What a reader must know before trusting the choice."""
+    decision, found = result.decision, []
+    if result.loss.final >= result.loss.base:
+        found.append(
+            "No gain: the validation loss with the adapter is not below that of the base model. "
+            "Check the data with rankrace preview and the learning rate."
+        )
+    if decision.edge == "high":
+        found.append(
+            f"Edge of the search: {result.rank} is the largest rank there was to choose. A larger one may be "
+            "better; add larger candidates with --ranks."
+        )
+    if decision.edge == "low":
+        found.append(
+            f"Edge of the search: {result.rank} is the smallest rank there was to choose. A smaller one "
+            "may do as well; add smaller candidates with --ranks."
+        )
+    if decision.capped:
+        found.append(
+            f"Decided at the limit: the choice had not settled when the search ended, after "
+            f"{percent(decision.fraction)} of training."
+        )
+    if not decision.confident:
+        found.append(
+            "Not confident: the paired errors do not separate this rank from its neighbours. "
+            "Another seed may choose another rank."
+        )
+    lost = [candidate for candidate in result.candidates if candidate.status == "diverged"]
+    if lost:
+        verb = "was" if len(lost) == 1 else "were"
+        found.append(
+            f"Diverged: {_named(lost)} {verb} removed when the loss or a gradient was no longer finite."
+        )
+    return found
+
+
+def lora_config_code(result: Result, config: dict[str, Any]) -> str:
+    """A peft.LoraConfig that makes an adapter like the delivered one."""
+    rslora = config.get("scaling") == "rslora"
+    alpha = result.scaling * (result.rank**0.5 if rslora else result.rank)
+    lines = [
+        f"r={result.rank},",
+        f"lora_alpha={int(alpha) if round(alpha, 6).is_integer() else round(alpha, 6)},",
+        f"lora_dropout={config.get('dropout', 0.0)},",
+    ]
+    if rslora:
+        lines.append("use_rslora=True,")
+    if result.rank_pattern:
+        lines.append(f"rank_pattern={result.rank_pattern},")
+    modules = f"target_modules={result.target_modules},"
+    lines += textwrap.wrap(
+        modules, 84, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    lines.append('task_type="SEQ_CLS",' if result.task == "classification" else 'task_type="CAUSAL_LM",')
+    body = textwrap.indent("\n".join(lines), "    ")
+    return f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{body}\n)"
+
+
+def loading_code(result: Result, adapter: str) -> str:
+    """Python that loads the base and the adapter in the folder `adapter`."""
+    kind = "SequenceClassification" if result.task == "classification" else "CausalLM"
+    labels = f", num_labels={len(result.labels)}" if result.labels else ""
+    return (
+        f"from peft import PeftModel\n"
+        f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({adapter!r})\n"
+        f"model = AutoModelFor{kind}.from_pretrained({result.model!r}{labels})\n"
+        f"model = PeftModel.from_pretrained(model, {adapter!r})"
+    )
+
+
+def vllm_command(result: Result, adapter: str) -> str | None:
+    """The command that serves the adapter; None for a task or rank that vLLM's LoRA does not serve."""
+    if result.task != "causal" or result.vllm_max_lora_rank is None:
+        return None
+    return (
+        f"vllm serve {shlex.quote(result.model)} --enable-lora \\\n"
+        f"    --max-lora-rank {result.vllm_max_lora_rank} --lora-modules {shlex.quote('tuned=' + adapter)}"
+    )
+
+
+def _named(candidates: list[Candidate]) -> str:
+    ranks = [str(candidate.rank) for candidate in candidates]
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks[:-1])} and {ranks[-1]}"

@@ -1,0 +1,162 @@
+"""Runs a strategy over a trainer: steps, looks, cuts.
+
+Shapes: K candidates, N held-out examples.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankrace.data.encoded import Encoded
+from rankrace.select.objective import Held, Trial
+from rankrace.select.strategy import Cut, Keep, Look, Strategy
+from rankrace.train.loop import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a rank implies: its multiplier s and its peak learning rate."""
+
+    multiplier: float
+    lr: float
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """One candidate's life, for the record."""
+
+    rank: int
+    began: int
+    steps: int = 0
+    status: Literal["running", "dropped", "diverged"] = "running"
+    losses: list[float] = field(default_factory=list)
+    """Training loss of each step, nats per supervised token."""
+
+
+@dataclass(kw_only=True)
+class SearchState:
+    """All that a resumed search needs beside the trainer's state."""
+
+    looks: list[Look] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    look_seconds: float = 0.0
+    """Measuring, SVDs."""
+    loser_seconds: float = 0.0
+    """The share of the steps' time that went to candidates which were dropped."""
+
+
+class Search:
+    """Args:
+    examples: the held-out examples on which candidates are compared.
+    setting: rank → multiplier and learning rate.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        strategy: Strategy,
+        examples: Sequence[Encoded],
+        held: Held,
+        setting: Callable[[int], Setting],
+    ) -> None:
+        self.trainer, self.strategy, self.examples, self.held = trainer, strategy, examples, held
+        self.setting = setting
+        self.state = SearchState()
+        self._unread: list[Tensor] = []
+
+    # --- driving
+
+    def start(self) -> None:
+        """Fresh candidates, as the strategy wants them."""
+        ranks = self.strategy.start()
+        settings = [self.setting(r) for r in ranks]
+        self.trainer.bank.start(ranks, [s.multiplier for s in settings])
+        self.trainer.start(self.trainer.bank.candidates, [s.lr for s in settings])
+        self.state.entries = [Entry(rank=r, began=0) for r in ranks]
+
+    @property
+    def decided(self) -> bool:
+        return bool(self.state.looks) and self.state.looks[-1].final
+
+    def run(self, *, only_choice: bool = False) -> Iterator[Tensor]:
+        """Trains to the end (or to the decision); yields the losses [K] after each step."""
+        while True:
+            look_at = self.strategy.next_look(self.state.looks)
+            if look_at is None and only_choice:
+                return
+            until = self.trainer.total if look_at is None else min(look_at, self.trainer.total)
+            for loss_K in self.trainer.run(until):
+                self._unread.append(loss_K)
+                yield loss_K
+            if look_at is None:
+                self.read_losses()
+                return
+            self.take_look()
+
+    def take_look(self) -> None:
+        began = time.perf_counter()
+        self.read_losses()
+        look = self.strategy.look(self.trainer.step, self.state.looks, self)
+        self.apply(look)
+        self.state.looks.append(look)
+        self.state.look_seconds += time.perf_counter() - began
+
+    def apply(self, look: Look) -> None:
+        """Carries out what a look decided."""
+        running = [e for e in self.state.entries if e.status == "running"]
+        match look.action:
+            case Keep(indices=indices):
+                kept = [running[i] for i in indices]
+                self.retire([e for e in running if e not in kept])
+                self.trainer.keep(indices)
+            case Cut(index=index, ranks=ranks):
+                self.retire(running, source=running[index])
+                settings = [self.setting(r) for r in ranks]
+                cut = self.trainer.bank.candidates.truncations(index, ranks, [s.multiplier for s in settings])
+                self.trainer.start(cut, [s.lr for s in settings])
+                self.state.entries += [Entry(rank=r, began=self.trainer.step) for r in ranks]
+
+    def retire(self, entries: list[Entry], source: Entry | None = None) -> None:
+        """Ends candidates. Their steps were spent on the choice, unless the winner was cut from them."""
+        lost = sum(1 for e in entries if e is not source)
+        running = sum(1 for e in self.state.entries if e.status == "running")
+        self.state.loser_seconds += self.trainer.seconds * lost / running
+        for e in entries:
+            e.status = "dropped" if not e.losses or math.isfinite(e.losses[-1]) else "diverged"
+
+    def read_losses(self) -> None:
+        """Moves the losses of finished steps from the device into the record; one wait for many steps."""
+        if not self._unread:
+            return
+        running = [e for e in self.state.entries if e.status == "running"]
+        for column, entry in zip(torch.stack(self._unread).T.tolist(), running, strict=True):
+            entry.losses += column
+            entry.steps += len(column)
+        self._unread = []
+
+    # --- measuring, for the strategy
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.trainer.bank.candidates.ranks
+
+    def direct(self) -> list[Trial]:
+        loss_KN = self.trainer.measure(self.examples).loss_KN
+        return [Trial(rank=r, loss_N=x, source="direct") for r, x in zip(self.ranks, loss_KN, strict=True)]
+
+    def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:
+        bank = self.trainer.bank
+        if not all(bool(A[index].isfinite().all() & B[index].isfinite().all())
+                   for A, B in bank.candidates.factors.values()):  # fmt: skip
+            lost_N = np.full(len(self.examples), np.nan)
+            return [Trial(rank=r, loss_N=lost_N, source="truncated") for r in ranks]
+        cuts = bank.candidates.truncations(index, ranks, [self.setting(r).multiplier for r in ranks])
+        with bank.borrowed(cuts):
+            loss_KN = self.trainer.measure(self.examples).loss_KN
+        return [Trial(rank=r, loss_N=x, source="truncated") for r, x in zip(ranks, loss_KN, strict=True)]

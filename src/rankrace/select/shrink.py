@@ -1,0 +1,75 @@
+"""shrink: train one wide candidate, read the loss at every rank off its singular values, cut it to the pick.
+
+Comparing small ranks with large ones directly is misleading early on: small ones start faster, whatever their
+end (docs/selection.md). The best rank-r approximation of one wide update does not have that bias: all points of
+the curve come from the same training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rankrace.select.objective import Objective, Trial, Verdict
+from rankrace.select.strategy import Bench, Cut, Look, Train, refined
+
+STABLE_LOOKS = 3
+STABLE_RATIO = 1.33
+FRACTIONS = (0.10, 0.15, 0.20, 0.25, 0.30)
+"""Looks, as shares of the training; at the last one the choice is made, stable or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink:
+    """Args:
+    wide: the rank that starts.
+    largest: the largest rank that may be picked, below `wide`: near it a truncation loses nothing by
+        construction, so the curve says little there.
+    """
+
+    total_steps: int
+    wide: int
+    largest: int
+    refine: bool
+    objective: Objective
+    name: str = "shrink"
+
+    def start(self) -> tuple[int, ...]:
+        return (self.wide,)
+
+    @property
+    def look_steps(self) -> list[int]:
+        return sorted({max(1, round(f * self.total_steps)) for f in FRACTIONS})
+
+    def next_look(self, looks: Sequence[Look]) -> int | None:
+        if looks and looks[-1].final:
+            return None
+        return self.look_steps[len(looks)]
+
+    def ladder(self) -> list[int]:
+        """1, 2, 4, … and the largest rank that may be picked."""
+        return sorted({*(2**i for i in range(self.largest.bit_length())), self.largest})
+
+    def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
+        def judge(trials: Sequence[Trial]) -> Verdict:
+            return self.objective.judge(trials, bench.held)
+
+        trials = bench.truncated(0, self.ladder())
+        verdict = judge(trials)
+        picks = [*(look.verdict.pick for look in looks), verdict.pick][-STABLE_LOOKS:]
+        stable = len(picks) == STABLE_LOOKS and max(picks) <= STABLE_RATIO * min(picks)
+        capped = not stable and len(looks) + 1 == len(self.look_steps)
+        if not (stable or capped):
+            return Look(step=step, verdict=verdict, action=Train())
+        if self.refine:
+            verdict = refined(verdict, trials, 0, bench, judge)
+        pick = verdict.pick
+        return Look(
+            step=step,
+            verdict=verdict,
+            action=Cut(index=0, ranks=(pick,)),
+            final=True,
+            edge="low" if pick == 1 else "high" if pick == self.largest else None,
+            capped=capped,
+            reason=f"the pick was {', '.join(map(str, picks))} at the last {len(picks)} looks"
+            if stable
+            else f"the picks had not settled by step {step}: {', '.join(str(p) for p in picks)}",
+        )

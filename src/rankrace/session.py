@@ -1,0 +1,244 @@
+"""Puts the parts of a run together: data and model → bank, trainer, strategy, search; and its checkpoints.
+
+Shapes: N held-out examples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankrace.bank import Bank, Candidates
+from rankrace.config import RunConfig
+from rankrace.data import Data
+from rankrace.data.encoded import Encoded, Task
+from rankrace.errors import RankraceError
+from rankrace.select.grid import Grid
+from rankrace.select.learning_rate import default_lr, lr_for, multiplier
+from rankrace.select.objective import Held, Objective, log2_penalty
+from rankrace.select.search import Search, SearchState, Setting
+from rankrace.select.shrink import FRACTIONS, Shrink
+from rankrace.select.strategy import Strategy
+from rankrace.train.loop import Measured, Recipe, Trainer
+from rankrace.train.model import PackedModel
+
+LOOK_SHARE = 0.10
+"""What the looks may cost, as a share of the training's own work."""
+LOOK_LEAST = 64
+"""Examples that a look measures at least, if there are as many."""
+FRESH_LEAST = 10
+"""With fewer examples than this in each half, validation is not halved."""
+
+_state = TypeAdapter(SearchState)
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A run, ready to go."""
+
+    config: RunConfig
+    """Resolved: nothing left to default."""
+    data: Data
+    trainer: Trainer
+    search: Search
+    fresh: list[Encoded]
+    """Held-out examples that choose nothing: the final figures are theirs."""
+    base_fresh: Measured
+    """The base model on them."""
+    notes: list[str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint: factors, heads and optimiser."""
+        c = self.trainer.bank.candidates
+        factors = {f"{n}.{ab}": t for n, pair in c.factors.items() for ab, t in zip("AB", pair, strict=True)}
+        heads = {f"head.{n}.{i}": t for n, ts in c.heads.items() for i, t in enumerate(ts)}
+        optimizer = {f"optimizer.{n}": t for n, t in self.trainer.optimizer.state().items()}
+        return {**factors, **heads, **optimizer}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: everything that is not a tensor. There is no random state: see Trainer."""
+        t, c = self.trainer, self.trainer.bank.candidates
+        self.search.read_losses()
+        return {
+            "step": t.step,
+            "restarted_at": t.restarted_at,
+            "tokens": t.tokens,
+            "seconds": t.seconds,
+            "lr": t.lr_K,
+            "ranks": c.ranks,
+            "multipliers": c.multipliers,
+            "search": _state.dump_python(self.search.state, mode="json"),
+        }
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continues exactly where `tensors` and `state` were taken."""
+        t, bank = self.trainer, self.trainer.bank
+        on_device = {n: x.to(bank.device) for n, x in tensors.items()}
+        candidates = Candidates(
+            ranks=tuple(state["ranks"]),
+            multipliers=tuple(state["multipliers"]),
+            factors={n: (on_device[f"{n}.A"], on_device[f"{n}.B"]) for n in bank.layers},
+            heads={
+                n: tuple(on_device[f"head.{n}.{i}"] for i in range(len(h.names)))
+                for n, h in bank.heads.items()
+            },
+        )
+        t.start(candidates, state["lr"])
+        prefix = "optimizer."
+        t.optimizer.load_state({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
+        t.step, t.restarted_at = state["step"], state["restarted_at"]
+        t.tokens, t.seconds = state["tokens"], state["seconds"]
+        self.search.state = _state.validate_python(state["search"])
+
+
+def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task) -> Session:
+    """Attaches the bank, checks that the model can run packed, measures the base, and readies the strategy."""
+    bank = Bank(hf_model, target_modules=config.target_modules, seed=config.seed, dropout=config.dropout)
+    bank.check_ranks(config.ranks)
+    config = resolved(config, hf_model, task)
+    assert config.lr is not None and config.micro_tokens is not None
+    lr = config.lr
+    model = PackedModel(hf_model, bank, task)
+    shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
+    model.verify(model.pack(data.train.examples, shortest))
+    recipe = Recipe(
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        batch_size=config.batch_size,
+        micro_tokens=config.micro_tokens,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        seed=config.seed,
+    )
+    trainer = Trainer(model, data.train.examples, recipe)
+    strategy = make_strategy(config, trainer.total, bank)
+    wanted = look_size(config, data, trainer, strategy)
+    looked, fresh, notes = divide(data.validation.examples, wanted, config.seed)
+    with bank.off():
+        base_looked, base_fresh = trainer.measure(looked), trainer.measure(fresh)
+    held = Held(
+        tokens_N=base_looked.tokens_N,
+        cluster_N=np.array([e.group for e in looked]),
+        base_N=base_looked.loss_KN[0],
+    )
+
+    def setting(rank: int) -> Setting:
+        return Setting(
+            multiplier=multiplier(rank, config.alpha, config.scaling),
+            lr=lr_for(rank, lr, config.alpha, config.scaling, config.rank_lr),
+        )
+
+    search = Search(trainer, strategy, looked, held, setting)
+    search.start()
+    return Session(
+        config=config,
+        data=data,
+        trainer=trainer,
+        search=search,
+        fresh=fresh,
+        base_fresh=base_fresh,
+        notes=notes,
+    )
+
+
+def make_strategy(config: RunConfig, total: int, bank: Bank) -> Strategy:
+    objective = Objective(penalty=log2_penalty(config.kappa), rule=config.rule)
+    ranks = tuple(sorted(set(config.ranks)))
+    if config.strategy == "grid":
+        at = max(1, round(config.search_fraction * total))
+        return Grid(ranks=ranks, look_step=at, refine=config.refine, objective=objective)
+    wide = min(2 * ranks[-1], bank.largest_rank)
+    return Shrink(total_steps=total, wide=wide, largest=ranks[-1], refine=config.refine, objective=objective)
+
+
+def resolved(config: RunConfig, model: PreTrainedModel, task: Task) -> RunConfig:
+    """The configuration with every default made explicit."""
+    width = model.config.get_text_config().hidden_size
+    return config.model_copy(
+        update={
+            "task": task,
+            "lr": config.lr or default_lr(width),
+            "micro_tokens": config.micro_tokens or default_micro_tokens(model),
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+    )
+
+
+def default_micro_tokens(model: PreTrainedModel) -> int:
+    """Tokens whose activations fit: 4096 on a CPU; on a GPU what 60% of the free memory holds."""
+    if model.device.type != "cuda":
+        return 4096
+    free, _ = torch.cuda.mem_get_info(model.device)
+    shape = model.config.get_text_config()
+    inner = shape.to_dict().get("intermediate_size", 4 * shape.hidden_size)
+    values = shape.num_hidden_layers * (16 * shape.hidden_size + 6 * inner)
+    tokens = int(0.6 * free / (values * model.dtype.itemsize))
+    return max(512, min(32768, tokens // 512 * 512))
+
+
+def look_size(config: RunConfig, data: Data, trainer: Trainer, strategy: Strategy) -> int:
+    """How many examples a look may measure for all looks to stay within LOOK_SHARE of the training's work.
+
+    Training costs a token two forwards (LoRA needs no gradient of the frozen weights), measuring one.
+    """
+    per_epoch = data.train.lengths.sum()
+    training = 2 * per_epoch * trainer.total / trainer.per_epoch
+    ladder = len(config.ranks) + 1
+    measurements = (len(FRACTIONS) if isinstance(strategy, Shrink) else 1) * ladder + 4
+    mean_length = float(data.validation.lengths.mean())
+    return max(LOOK_LEAST, int(LOOK_SHARE * training / measurements / mean_length))
+
+
+def divide(
+    examples: Sequence[Encoded], wanted: int, seed: int
+) -> tuple[list[Encoded], list[Encoded], list[str]]:
+    """Validation → examples that choose, and fresh ones that only report. Whole documents on either side."""
+    groups = np.unique([e.group for e in examples])
+    order = np.random.Generator(np.random.Philox(seed)).permutation(groups)
+    size = {g: 0 for g in groups}
+    for e in examples:
+        size[e.group] += 1
+    limit, chosen, count = min(wanted, len(examples) // 2), set(), 0
+    for g in order:
+        if count >= limit:
+            break
+        chosen.add(g)
+        count += size[g]
+    looked = [e for e in examples if e.group in chosen]
+    fresh = [e for e in examples if e.group not in chosen]
+    if min(len(looked), len(fresh)) >= FRESH_LEAST:
+        return looked, fresh, []
+    return list(examples), list(examples), [
+        "The validation set is too small to halve: the final loss is measured on the examples that chose the "
+        "rank, and is optimistic."
+    ]  # fmt: skip
+
+
+def chosen_device(name: str) -> torch.device:
+    """Raises RankraceError: there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RankraceError(
+            f"the device {name!r} cannot be used: {str(error).splitlines()[0]}",
+            why="the model and its adapters have to live there",
+            fix="use --device auto, cpu, cuda or cuda:N",
+        ) from error
+    return device
+
+
+def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]

@@ -1,0 +1,98 @@
+"""Checkpoints: whole or not there.
+
+A checkpoint is a folder `step-000123` with `tensors.safetensors` and `state.json`. It is written under another
+name, flushed to disk and renamed, so a crash at any moment leaves the previous one in place.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankrace.errors import RankraceError
+
+KEEP = 2
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Writes one checkpoint and removes all but the newest two.
+
+    Raises:
+        RankraceError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{step:06d}"
+    with written_whole(final) as partial:
+        save_file(
+            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial / "tensors.safetensors"
+        )
+        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for old in checkpoints(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint's tensors and state, or None where there is none."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    try:
+        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        return load_file(newest / "tensors.safetensors"), state
+    except (OSError, ValueError) as error:
+        raise RankraceError(
+            f"the checkpoint {newest} cannot be read: {error}",
+            why="the run cannot go on from it",
+            fix="remove that folder to go on from the one before, or start again in another --out",
+        ) from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+
+
+@contextmanager
+def written_whole(final: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its name only when all of it is on disk.
+
+    Raises:
+        RankraceError: the disk is full or not writable; nothing of the folder is left.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        flush(final.parent)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors reports a full disk as its own error, with the system's words in it.
+        if isinstance(error, OSError) or "os error" in str(error) or "I/O error" in str(error):
+            raise RankraceError(
+                f"cannot write {final}: {error}",
+                why="the disk is full or the folder is not writable; nothing of it was left behind",
+                fix="free some space (or choose another --out) and run again with --resume",
+            ) from error
+        raise
+
+
+def flush(path: Path) -> None:
+    """Asks the system to put a file or folder on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

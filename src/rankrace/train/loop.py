@@ -1,0 +1,167 @@
+"""The training loop: one for every method and every strategy.
+
+It runs optimiser steps over whatever K candidates the bank holds and measures them on held-out examples. It
+knows nothing of ranks, of looks or of choices.
+
+Shapes: K candidates, S targets of a packed row, N examples of a set.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankrace.bank import Bank, Candidates
+from rankrace.data.encoded import Encoded
+from rankrace.data.pack import Batch, Packed, epoch_batches, validation_batches
+from rankrace.train.model import PackedModel
+from rankrace.train.optimizer import BankAdamW
+from rankrace.train.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the steps are taken."""
+
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    micro_tokens: int
+    """Tokens of one pass, over all candidates in it; a single longer example still makes a pass of its own."""
+    schedule: str
+    warmup: float
+    weight_decay: float
+    clip: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """K candidates on N held-out examples."""
+
+    loss_KN: np.ndarray
+    """Nats, summed over the example's supervised tokens. float64."""
+    tokens_N: np.ndarray
+    """Supervised tokens of each example."""
+    correct_KN: np.ndarray
+    """bool: every supervised token was the most likely one, so greedy decoding gives the whole answer."""
+
+    @property
+    def mean_K(self) -> np.ndarray:
+        """Nats per supervised token."""
+        return self.loss_KN.sum(1) / self.tokens_N.sum()
+
+    @property
+    def accuracy_K(self) -> np.ndarray:
+        return self.correct_KN.mean(1)
+
+
+class Trainer:
+    """Optimiser steps over a bank.
+
+    All randomness is a function of (seed, epoch, step): there is no random state to keep, and a step can be
+    taken again after a crash.
+    """
+
+    def __init__(self, model: PackedModel, train: Sequence[Encoded], recipe: Recipe) -> None:
+        self.model, self.train, self.recipe = model, train, recipe
+        self.bank: Bank = model.bank
+        self.lengths = [len(e.input_ids) for e in train]
+        per_epoch = -(-len(train) // recipe.batch_size)
+        wanted = max(1, round(recipe.epochs * per_epoch))
+        self.total = wanted if recipe.max_steps is None else min(wanted, recipe.max_steps)
+        self.per_epoch = per_epoch
+        warmup = round(recipe.warmup * self.total)
+        self.schedule = Schedule(total=self.total, warmup=warmup, kind=recipe.schedule, rewarm=warmup)
+        self.step = 0
+        self.restarted_at = 0
+        self.lr_K: tuple[float, ...] = ()
+        self.tokens = 0
+        self.seconds = 0.0
+        self._epoch: tuple[int, list[Batch]] = (-1, [])
+
+    # --- which candidates train
+
+    def start(self, candidates: Candidates, lr_K: Sequence[float]) -> None:
+        """These candidates, with fresh optimiser state."""
+        self.bank.load(candidates)
+        self.lr_K = tuple(lr_K)
+        self.restarted_at = self.step
+        self.optimizer = BankAdamW(
+            self.bank.parameters(), weight_decay=self.recipe.weight_decay, clip=self.recipe.clip
+        )
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Only these candidates go on; what they have learnt, their moments and their steps are untouched."""
+        self.bank.load(self.bank.candidates.keep(indices))
+        self.lr_K = tuple(self.lr_K[i] for i in indices)
+        self.optimizer = self.optimizer.keep(self.bank.parameters(), indices)
+
+    # --- training
+
+    def run(self, until: int) -> Iterator[Tensor]:
+        """Steps until `until` are done; after each, yields the losses [K] in nats per supervised token."""
+        while self.step < until:
+            began = time.perf_counter()
+            loss_K = self.take_step(self.batch(self.step))
+            self.seconds += time.perf_counter() - began
+            yield loss_K
+
+    def take_step(self, batch: Batch) -> Tensor:
+        """Forward and backward over every packed row of the batch, then one update. Returns losses [K]."""
+        K = len(self.lr_K)
+        rows = [self.model.pack(self.train, row) for row in batch.micros]
+        # One global count, so that any split into packed rows gives the same gradient.
+        supervised = sum(row.targets_S.shape[0] for row in rows)
+        loss_K = torch.zeros(K, device=self.bank.device, dtype=self.bank.dtype)
+        for micro, row in enumerate(rows):
+            for active in self.groups(row, K):
+                with self.bank.only(active), self.bank.training(self.step, micro):
+                    share_K = self.model.losses(row).loss_KS.sum(1) / supervised
+                    share_K.sum().backward()
+                loss_K[active] += share_K.detach()
+        factor = self.schedule.at(self.step, self.restarted_at)
+        self.optimizer.step([lr * factor for lr in self.lr_K])
+        self.step += 1
+        self.tokens += sum(row.input_ids_T.shape[0] for row in rows)
+        return loss_K
+
+    def groups(self, row: Packed, K: int) -> list[slice]:
+        """Candidates side by side as far as the token budget reaches, the rest one group after another."""
+        size = max(1, min(K, self.recipe.micro_tokens // row.input_ids_T.shape[0]))
+        return [slice(k, min(k + size, K)) for k in range(0, K, size)]
+
+    def batch(self, step: int) -> Batch:
+        epoch, index = divmod(step, self.per_epoch)
+        if self._epoch[0] != epoch:
+            r = self.recipe
+            self._epoch = (
+                epoch,
+                epoch_batches(self.lengths, r.batch_size, r.micro_tokens, seed=r.seed, epoch=epoch),
+            )
+        return self._epoch[1][index]
+
+    # --- measuring
+
+    @torch.no_grad()
+    def measure(self, examples: Sequence[Encoded]) -> Measured:
+        """The bank's candidates (or, switched off, the base) on held-out examples; dropout is off."""
+        K = len(self.bank.candidates.ranks) if self.bank.switch.enabled else 1
+        loss_KN = np.zeros((K, len(examples)))
+        tokens_N = np.zeros(len(examples), dtype=np.int64)
+        wrong_KN = np.zeros((K, len(examples)), dtype=np.int64)
+        for indices in validation_batches([len(e.input_ids) for e in examples], self.recipe.micro_tokens):
+            row = self.model.pack(examples, indices)
+            where_S = np.asarray(indices)[row.example_S.cpu().numpy()]
+            np.add.at(tokens_N, where_S, 1)
+            for active in self.groups(row, K):
+                with self.bank.only(active):
+                    token = self.model.losses(row)
+                rows = range(active.start, active.stop)
+                for k, loss_S, correct_S in zip(rows, token.loss_KS, token.correct_KS, strict=True):
+                    np.add.at(loss_KN[k], where_S, loss_S.double().cpu().numpy())
+                    np.add.at(wrong_KN[k], where_S, (~correct_S).long().cpu().numpy())
+        return Measured(loss_KN=loss_KN, tokens_N=tokens_N, correct_KN=wrong_KN == 0)

@@ -1,0 +1,61 @@
+"""Cross-entropy that never holds more than one chunk of logits.
+
+Shapes: M rows (candidates × supervised positions), D model width, V vocabulary.
+
+A 32-layer trunk keeps its graph; the head does not need to. For each chunk of rows the logits are made, the
+loss and its gradient with respect to the hidden states are taken, and the logits are freed. One backward then
+goes through the trunk from the cached gradients.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import cross_entropy
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [M, D] → logits [M, V]; frozen, row by row."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int, needs_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        losses, corrects, grads = [], [], []
+        for h_D, targets in zip(h_MD.split(chunk), targets_M.split(chunk), strict=True):
+            with torch.set_grad_enabled(needs_grad):
+                h = h_D.detach().requires_grad_(needs_grad)
+                logits_V = head(h)
+                wide_V = logits_V if logits_V.dtype == torch.float64 else logits_V.float()
+                loss = cross_entropy(wide_V, targets, reduction="none")
+            losses.append(loss.detach())
+            corrects.append(logits_V.detach().argmax(-1) == targets)
+            if needs_grad:
+                grads.append(torch.autograd.grad(loss.sum(), h)[0])
+        ctx.save_for_backward(*([torch.cat(grads)] if needs_grad else []))
+        correct_M = torch.cat(corrects)
+        ctx.mark_non_differentiable(correct_M)
+        return torch.cat(losses), correct_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad_MD,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        # A row's loss depends on that row alone, so any weighting of rows is a product.
+        return grad_MD * outputs[0][:, None].to(grad_MD.dtype), None, None, None, None
+
+
+def chunked_cross_entropy(
+    h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Losses [M] in nats, and whether the target was the most likely token [M].
+
+    The gradient reaches h_MD only: the head is frozen.
+    """
+    if h_MD.shape[0] == 0:
+        return h_MD.sum(-1).float(), targets_M == targets_M
+    needs_grad = torch.is_grad_enabled() and h_MD.requires_grad
+    return _ChunkedCrossEntropy.apply(h_MD, targets_M, head, chunk, needs_grad)  # type: ignore[return-value]
