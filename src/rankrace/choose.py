@@ -140,5 +140,5 @@ def preview_config(config: RunConfig, rows: int = 3) -> tuple[Text, list[str]]:
     read = read_splits(config)
     data = encode_splits(read, make_encoder(config, tokenizer, task, read))
     findings = check_encoded(data.train, data.validation, tokenizer=tokenizer, task=task, labels=data.labels)
-    notes = data.notes + [f"Note: {f.what} {f.advice}" for f in findings]
+    notes = data.notes + [f"Note: {f}" for f in findings]
     return preview_text(data.train.examples, tokenizer, rows), notes

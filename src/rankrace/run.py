@@ -108,7 +108,7 @@ def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTra
     for finding in check_encoded(
         data.train, data.validation, tokenizer=tokenizer, task=task, vocab_size=vocabulary, labels=data.labels
     ):
-        progress.say(f"Note: {finding.what} {finding.advice}")
+        progress.say(f"Note: {finding}")
     progress.phase("measuring the base model")
     began = time.perf_counter()
     session = prepare(config, data, model, task)

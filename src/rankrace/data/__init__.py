@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder, encode_all, label_set
 from rankrace.data.encoded import EncodedSet, Task
-from rankrace.data.formats import Conversation, Example, read_examples
+from rankrace.data.formats import Conversation, Example, PlainText, read_examples
 from rankrace.data.sources import SourceRows, load_rows
 from rankrace.data.split import draw, split_examples
 from rankrace.errors import RankraceError
@@ -113,9 +113,12 @@ def encode_splits(read: ReadData, encoder: Encoder) -> Data:
     """Encode both sides."""
     train, validation = encode_all(read.train, encoder), encode_all(read.validation, encoder)
     notes = list(read.notes)
-    conversations = encoder.task == "causal" and isinstance(read.train[0], Conversation)
-    if conversations and encoder.template == "auto" and encoder.tokenizer.chat_template is None:
-        notes.append("The model has no chat template: conversations are written as plain text.")
+    if encoder.task == "causal":
+        first, has_template = read.train[0], encoder.tokenizer.chat_template is not None
+        if isinstance(first, Conversation) and encoder.template == "auto" and not has_template:
+            notes.append("The model has no chat template: conversations are written as plain text.")
+        if isinstance(first, PlainText) and encoder.template == "chat":
+            notes.append("Rows of plain text have no turns: --template chat has no effect on them.")
     for name, side in (("training", train), ("validation", validation)):
         if side.truncated:
             total = len(side) + side.dropped

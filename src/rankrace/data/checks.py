@@ -72,9 +72,8 @@ def _check_tokens(
             "use the model's own tokenizer, or resize its embeddings and save it first.",
         )
     bos = tokenizer.bos_token_id
-    if bos is not None and (
-        doubled := [e.row for e in side.examples if (e.input_ids[:2] == [bos, bos]).all()]
-    ):
+    doubled = [e.row for e in side.examples if bos is not None and e.input_ids[:2].tolist() == [bos, bos]]
+    if doubled:
         _fault(
             f"{len(doubled)} {name} examples begin with two BOS tokens (first: example {doubled[0] + 1}).",
             "the model has seen one BOS in its training, and its loss suffers from a second one.",

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from rankrace.report import figures, text
-from rankrace.report.figures import NARROW, PALETTE, WIDE, Format
+from rankrace.report.canvas import NARROW, PALETTE, WIDE, Format
 from rankrace.result import Look, Result, replace_text
 
 

@@ -49,6 +49,7 @@ def templates(*, autoescape: bool) -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters.update(
         count=count, duration=duration, gibibytes=gibibytes, percent=percent, loss=loss

@@ -31,10 +31,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits_V = head(h)
                 wide_V = logits_V if logits_V.dtype == torch.float64 else logits_V.float()
                 loss = cross_entropy(wide_V, targets, reduction="none")
+                total = loss.sum()
             losses.append(loss.detach())
             corrects.append(logits_V.detach().argmax(-1) == targets)
             if needs_grad:
-                grads.append(torch.autograd.grad(loss.sum(), h)[0])
+                grads.append(torch.autograd.grad(total, h)[0])
         ctx.save_for_backward(*([torch.cat(grads)] if needs_grad else []))
         correct_M = torch.cat(corrects)
         ctx.mark_non_differentiable(correct_M)
