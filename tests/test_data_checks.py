@@ -1,4 +1,4 @@
-"""Each fault that must never be trained on silently is raised; what may be meant is found; previews are true."""
+"""Each fault that must never be trained on silently is raised; what may be meant is found."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_no_eos_to_learn(llama: PreTrainedTokenizerBase) -> None:
     one_left = replace(sound, examples=[*map(without_eos, sound.examples[:2]), sound.examples[2]])
     check_encoded(one_left, sound, tokenizer=llama, task="causal")
     broken = replace(sound, examples=[without_eos(example) for example in sound.examples])
-    with pytest.raises(RankraceError, match="no training example has its EOS token .*</s>"):
+    with pytest.raises(RankraceError, match=r"no training example has its EOS token .*</s>"):
         check_encoded(broken, sound, tokenizer=llama, task="causal")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rankrace.data.encode import Encoder, encode_all, label_set
 from rankrace.data.encoded import Encoded
@@ -137,9 +137,10 @@ def test_chat_template_supervises_every_answer_and_the_token_that_ends_it(
     assert answers(encoded, smol) == ["Paris.\nIt is  lovely: 東京 🗼<|im_end|>", "Rome.<|im_end|>"]
     assert whole(encoded, smol) == rendered.removesuffix("\n"), "what follows the last answer is left out"
     assert encoded.input_ids[-1] == smol.eos_token_id
-    prompt = smol.apply_chat_template(turns[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt = smol.apply_chat_template(turns[:2], add_generation_prompt=True, return_dict=True)
+    assert isinstance(prompt, BatchEncoding)
     first = int(np.flatnonzero(encoded.supervised)[0])
-    assert encoded.input_ids[:first].tolist() == prompt, "the prompt is that of model.generate"
+    assert encoded.input_ids[:first].tolist() == prompt["input_ids"], "the prompt is that of model.generate"
 
 
 def test_template_chat_renders_all_but_plain_text(smol: PreTrainedTokenizerBase) -> None:
@@ -191,7 +192,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
 
 
 def test_a_template_that_refuses_is_reported(llama: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(RankraceError, match="example 1: .*refuses the conversation: no system role"):
+    with pytest.raises(RankraceError, match=r"example 1: .*refuses the conversation: no system role"):
         causal(llama).encode(TALK)
 
 

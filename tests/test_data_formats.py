@@ -102,7 +102,7 @@ def test_group_column() -> None:
     assert [example.group for example in read_examples(rows, "here", "doc")[1]] == ["x", "3"]
     squad = {"title": "T", "context": "C.", "question": "Q?", "answers": {"text": ["a"]}, "doc": "x"}
     assert read_examples([squad], "here", "doc")[1][0].group == "x"
-    with pytest.raises(RankraceError, match="no column 'dok' .*text, doc"):
+    with pytest.raises(RankraceError, match=r"no column 'dok' .*text, doc"):
         read_examples(rows, "here", "dok")
 
 

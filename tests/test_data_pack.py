@@ -75,9 +75,10 @@ def test_classification_has_one_target_an_example(pooled: str) -> None:
         end = start + len(examples[i])
         assert packed.target_positions_S[n] == (start if pooled == "first" else end - 1)
         assert packed.targets_S[n] == examples[i].label
+        types = examples[i].token_types
+        assert types is not None
         assert packed.token_types_T is not None
-        assert examples[i].token_types is not None
-        assert packed.token_types_T[start:end].tolist() == examples[i].token_types.tolist()
+        assert packed.token_types_T[start:end].tolist() == types.tolist()
         start = end
     assert packed.example_S.tolist() == [0, 1, 2]
 

@@ -136,7 +136,7 @@ def test_template_notes(tmp_path: Path, smollm2: Path) -> None:
     talks = write_rows(
         tmp_path / "a.jsonl", [{"instruction": f"say {i}", "output": f"{i}"} for i in range(10)]
     )
-    assert not any("template" in note for note in load_data(config(talks), tokenizer, "causal").notes)
+    assert len(load_data(config(talks), tokenizer, "causal").notes) == 2
     tokenizer.chat_template = None
     notes = load_data(config(talks), tokenizer, "causal").notes
     assert "The model has no chat template: conversations are written as plain text." in notes

@@ -92,10 +92,8 @@ def test_squad_layout_is_flattened_to_the_columns_of_the_hub(tmp_path: Path) -> 
         {"id": "1", **shared, "question": "Q?", "answers": {"text": ["C"]}},
         {"id": "2", **shared, "question": "R?", "answers": {"text": []}},
     ]
-    path.write_text(
-        json.dumps({"data": [{"title": "T", "paragraphs": [{"qas": []}, {"qas": [{"id": "1"}]}]}]})
-    )
-    with pytest.raises(RankraceError, match="breaks its layout at 'context'|breaks its layout at 'question'"):
+    path.write_text(json.dumps({"data": [{"title": "T", "paragraphs": [{"qas": [{"id": "1"}]}]}]}))
+    with pytest.raises(RankraceError, match="breaks its layout at 'context'"):
         read_file(path)
 
 

@@ -18,7 +18,7 @@ from rankrace.config import RunConfig
 from rankrace.report import write_card, write_report
 from rankrace.report.canvas import NARROW, PALETTE, WIDE, Format
 from rankrace.report.card import prose
-from rankrace.report.figures import averaged, loss_against_rank, loss_against_step, measured
+from rankrace.report.figures import averaged, looks, loss_against_rank, loss_against_step, measured
 from rankrace.report.page import render_report
 from rankrace.report.text import count, duration, lora_config_code, percent, warnings
 from rankrace.result import Result, Series
@@ -253,6 +253,12 @@ def test_the_step_figure_names_every_candidate_and_the_decision():
     assert {"rank 32", "rank 64", "rank 128 (diverged)", "rank fixed"} <= set(words)
     ticks = [float(word) for word in words if re.fullmatch(r"\d\.\d+", word)]
     assert max(ticks) < 3, "a runaway candidate must not set the scale"
+
+
+def test_the_looks_figure_tells_two_kinds_of_look_at_one_step_apart():
+    direct = GOLDEN["looks"][-1] | {"source": "direct"}
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", looks(result(looks=[*GOLDEN["looks"], direct]), WIDE))
+    assert {"step 12, truncated", "step 36, truncated", "step 36, direct"} <= set(words)
 
 
 def test_bins_average_the_same_steps_for_every_candidate():

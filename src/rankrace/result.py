@@ -9,6 +9,7 @@ do not know. Losses are mean nats per supervised token (classification: per exam
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -138,7 +139,7 @@ class Series(_Record):
 
     rank: PositiveInt
     steps: list[NonNegativeInt]
-    losses: list[Traced]
+    losses: Sequence[Traced]
 
     @model_validator(mode="after")
     def _same_length(self) -> Self:
@@ -152,8 +153,8 @@ class Look(_Record):
 
     step: NonNegativeInt
     ranks: list[PositiveInt]
-    losses: list[Traced]
-    ses: list[Traced]
+    losses: Sequence[Traced]
+    ses: Sequence[Traced]
     """Standard errors of the paired differences from the look's best rank."""
     source: Source
 

@@ -59,19 +59,24 @@ class BankLinear(nn.Module):
         k = self.switch.active
         x_KTD = x.reshape(self.switch.count, -1, self.d_in)
         if self.switch.dropout > 0:
-            x_KTD = x_KTD * self.dropout_mask(x_KTD.shape[1], x.device, x.dtype)
+            x_KTD = x_KTD * dropout_mask(
+                self.switch, self.index, x_KTD.shape[1], self.d_in, x.device, x.dtype
+            )
         # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
         B_KRD = (self.B_KDR[k] * self.multiplier_K[k, None, None]).to(x.dtype).transpose(1, 2)
         A_KDR = self.A_KRD[k].to(x.dtype).transpose(1, 2)
         y_KTD = y.reshape(self.switch.count, -1, self.d_out)
         return torch.baddbmm(y_KTD, torch.bmm(x_KTD, A_KDR), B_KRD).view(y.shape)
 
-    def dropout_mask(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[T, D_in], 0 or 1/(1-p): the same for every candidate, whichever others run beside it."""
-        s = self.switch
-        generator = torch.Generator("cpu").manual_seed(counter_seed(s.seed, self.index, s.step, s.micro))
-        keep_TD = torch.rand(tokens, self.d_in, generator=generator) >= s.dropout
-        return (keep_TD.to(device=device, dtype=dtype)).div_(1 - s.dropout)
+
+def dropout_mask(
+    switch: BankSwitch, layer: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """[T, D_in], 0 or 1/(1-p): the same for every candidate, whichever others run beside it."""
+    seed = counter_seed(switch.seed, layer, switch.step, switch.micro)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    keep_TD = torch.rand(tokens, width, generator=generator) >= switch.dropout
+    return keep_TD.to(device=device, dtype=dtype).div_(1 - switch.dropout)
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:

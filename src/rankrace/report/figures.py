@@ -102,6 +102,7 @@ def looks(result: Result, form: Format) -> str:
     """How far each rank lay above the best one at each look: whether the order of ranks had settled."""
     figure, (axes,) = canvas(form, f"Above the look's best, {loss_unit(result)}")
     shown = spread_out([look for look in result.looks if len(finite(look)) > 1], 8)
+    mixed = len({look.source for look in shown}) > 1
     everything: list[int] = []
     for i, look in enumerate(shown):
         pairs = finite(look)
@@ -117,7 +118,7 @@ def looks(result: Result, form: Format) -> str:
             lw=2 if decisive else 1.3,
             ls="-" if look.source == "truncated" else (0, (4, 1.5)),
             zorder=3 if decisive else 2,
-            label=f"step {look.step}",
+            label=f"step {look.step}, {look.source}" if mixed else f"step {look.step}",
         )
         axes.plot([best_rank], [0], marker="o", ms=6, mfc=PAPER, mec=colour, mew=1.6, zorder=4, clip_on=False)
     rank_axis(axes, everything, form)

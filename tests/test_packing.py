@@ -1,0 +1,138 @@
+"""However a batch is cut into passes, it gives the same losses and the same gradients."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from examples import examples
+from models import CAUSAL, CLASSIFYING, tiny
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rankrace.bank import Bank
+from rankrace.data.encoded import Encoded
+from rankrace.data.pack import Batch, epoch_batches
+from rankrace.train.loop import Recipe, Trainer
+from rankrace.train.model import PackedModel
+
+RECIPE = Recipe(
+    epochs=1, max_steps=None, batch_size=8, micro_tokens=10_000, schedule="constant", warmup=0.0,
+    weight_decay=0.0, clip=1.0, seed=0,
+)  # fmt: skip
+
+
+def model_of(family: str) -> tuple[PackedModel, list[Encoded]]:
+    """A bank of ranks 4 and 2 with non-zero B, and 8 rows whose lengths go from 1 or 2 to 23."""
+    task = "classification" if family in CLASSIFYING else "causal"
+    model = tiny(family)
+    bank = Bank(model)
+    bank.start((4, 2), (4.0, 8.0))
+    torch.manual_seed(1)
+    for layer in bank.layers.values():
+        layer.B_KDR.data[0, :, :4].normal_(std=0.1)
+        layer.B_KDR.data[1, :, :2].normal_(std=0.1)
+    rows = examples(8, seed=2, classes=3 if task == "classification" else 0)
+    return PackedModel(model, bank, task, chunk=5), rows
+
+
+def gradients(model: PackedModel, rows: list[Encoded], batch: Batch, micro_tokens: int = 10_000) -> list[Tensor]:
+    """Of the mean loss over the batch, through the trainer's own passes; the update is left out."""
+    trainer = Trainer(model, rows, RECIPE)
+    trainer.start(model.bank.candidates, (0.0, 0.0))
+    found: list[Tensor] = []
+
+    def keep_gradients(lr_K: Sequence[float]) -> Tensor:
+        found.extend(p.grad.clone() for p in model.bank.parameters() if p.grad is not None)
+        return torch.zeros(2)
+
+    trainer.recipe = Recipe(**{**RECIPE.__dict__, "micro_tokens": micro_tokens})
+    trainer.optimizer.step = keep_gradients
+    found.insert(0, trainer.take_step(batch))
+    return found
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *CLASSIFYING])
+@pytest.mark.parametrize("micro_tokens", [10_000, 60, 1])
+def test_accumulation_and_candidate_groups_change_nothing(family: str, micro_tokens: int) -> None:
+    """8 rows at once = 4×2 = 8×1, the candidates side by side or one after another."""
+    model, rows = model_of(family)
+    whole = gradients(model, rows, Batch((tuple(range(8)),)))
+    pairs = gradients(model, rows, Batch(((5, 0), (1, 7), (2, 3), (6, 4))), micro_tokens)
+    single = gradients(model, rows, Batch(tuple((i,) for i in range(8))), micro_tokens)
+    assert len(whole) == 1 + len(model.bank.parameters())
+    for a, b, c in zip(whole, pairs, single, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+        torch.testing.assert_close(a, c, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *CLASSIFYING])
+def test_packed_is_padded_is_one_by_one(family: str) -> None:
+    """Against the model's own forward, padded on the right with a mask, and on each row alone."""
+    model, rows = model_of(family)
+    hf = model.model
+    with torch.no_grad(), model.bank.off():
+        packed = model.pack(rows, range(8))
+        ours_S = model.losses(packed).loss_KS[0]
+        hf.set_attn_implementation("sdpa")  # eager takes its softmax in float32
+        alone_S = torch.cat([model.own_losses(packed, n) for n in range(8)])
+        padding = hf.config.pad_token_id or 0
+        longest = max(map(len, rows))
+        ids_NL = torch.full((8, longest), padding)
+        mask_NL = torch.zeros(8, longest, dtype=torch.long)
+        for n, e in enumerate(rows):
+            ids_NL[n, : len(e)] = torch.tensor(e.input_ids)
+            mask_NL[n, : len(e)] = 1
+        if model.task == "classification":
+            hf.config.pad_token_id = padding
+            logits = hf(input_ids=ids_NL, attention_mask=mask_NL).logits
+            padded_S = cross_entropy(logits, packed.targets_S, reduction="none")
+        else:
+            logits = hf(input_ids=ids_NL, attention_mask=mask_NL).logits
+            padded_S = torch.cat(
+                [
+                    cross_entropy(logits[n, at], torch.tensor(e.input_ids).long()[at + 1], reduction="none")
+                    for n, e in enumerate(rows)
+                    for at in [torch.tensor(e.supervised).nonzero()[:, 0] - 1]
+                ]
+            )
+    torch.testing.assert_close(ours_S, alone_S, rtol=0, atol=1e-9)
+    torch.testing.assert_close(ours_S, padded_S, rtol=0, atol=1e-9)
+
+
+def test_verify_notices_a_model_that_looks_across_examples() -> None:
+    from rankrace.errors import RankraceError
+
+    model, rows = model_of("llama")
+    model.verify(model.pack(rows, range(3)))
+    leaky = model.trunk.get_submodule("norm")
+    leaky.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
+    with pytest.raises(RankraceError, match="packed rows"):
+        model.verify(model.pack(rows, range(3)))
+
+
+def test_measure_is_the_sum_of_single_rows() -> None:
+    model, rows = model_of("llama")
+    trainer = Trainer(model, rows, Recipe(**{**RECIPE.__dict__, "micro_tokens": 40}))
+    measured = trainer.measure(rows)
+    for n in range(8):
+        token = model.losses(model.pack(rows, [n]))
+        torch.testing.assert_close(torch.tensor(measured.loss_KN[:, n]), token.loss_KS.detach().sum(1))
+        assert (measured.correct_KN[:, n] == token.correct_KS.all(1).numpy()).all()
+        assert measured.tokens_N[n] == rows[n].supervised.sum()
+
+
+def test_logits_are_never_larger_than_a_chunk() -> None:
+    model, rows = model_of("llama")
+    seen = []
+    model.model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    model.losses(model.pack(rows, range(8))).loss_KS.sum().backward()
+    assert max(seen) == model.chunk
+    assert sum(seen) == 2 * sum(int(e.supervised.sum()) for e in rows)
+
+
+def test_order_of_an_epoch_is_a_function_of_seed_and_epoch() -> None:
+    lengths = [len(e) for e in examples(50)]
+    first = epoch_batches(lengths, 8, 60, seed=1, epoch=0)
+    assert first == epoch_batches(lengths, 8, 60, seed=1, epoch=0)
+    assert first != epoch_batches(lengths, 8, 60, seed=1, epoch=1)
+    assert sorted(i for b in first for row in b.micros for i in row) == list(range(50))

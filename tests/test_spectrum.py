@@ -1,0 +1,80 @@
+"""Truncation against the plain SVD of the formed update."""
+
+import pytest
+import torch
+from models import tiny
+
+from rankrace.bank import Bank, spectrum
+
+D_OUT, D_IN, R = 40, 24, 12
+
+
+def factors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(R, D_IN, dtype=torch.float64), torch.randn(D_OUT, R, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 32 / 12, 0.125])
+def test_full_rank_reproduces_the_update(multiplier: float) -> None:
+    A, B = factors()
+    A_r, B_r = spectrum(A, B, multiplier).truncated(R, 0.7)
+    torch.testing.assert_close(0.7 * B_r @ A_r, multiplier * B @ A, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 11])
+def test_error_is_the_tail_of_the_singular_values(rank: int) -> None:
+    """Eckart-Young: no rank-r matrix is nearer."""
+    A, B = factors()
+    update = 2.0 * B @ A
+    S = torch.linalg.svdvals(update)
+    A_r, B_r = spectrum(A, B, 2.0).truncated(rank, 3.0)
+    assert A_r.shape == (rank, D_IN)
+    assert B_r.shape == (D_OUT, rank)
+    error = torch.linalg.norm(update - 3.0 * B_r @ A_r)
+    torch.testing.assert_close(error, S[rank:].norm())
+    torch.testing.assert_close(A_r.norm(dim=1), B_r.norm(dim=0))  # √S on both sides
+
+
+def test_zero_padding_and_a_zero_update_are_no_trouble() -> None:
+    A, B = factors()
+    A[8:], B[:, 8:] = 0, 0
+    A_r, B_r = spectrum(A, B, 1.0).truncated(8, 1.0)
+    torch.testing.assert_close(B_r @ A_r, B @ A, rtol=0, atol=1e-12)
+    A_r, B_r = spectrum(A, torch.zeros_like(B), 1.0).truncated(4, 1.0)
+    assert (B_r @ A_r).abs().max() == 0
+
+
+def test_the_update_is_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor of a truncation on wide layers is a factor, not a D_out × D_in matrix."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, torch.Tensor):
+                    Largest.size = max(Largest.size, t.numel())
+            return out
+
+    A, B = torch.randn(8, 3000), torch.randn(2000, 8)
+    with Largest():
+        spectrum(A, B, 1.0).truncated(4, 1.0)
+    assert Largest.size <= 3000 * 8
+
+
+def test_truncations_of_a_candidate_in_the_bank() -> None:
+    bank = Bank(tiny("llama"))
+    bank.start((8, 12), (4.0, 2.0))
+    for layer in bank.layers.values():
+        layer.B_KDR.data[1, :, :12].normal_()
+    cut = bank.candidates.truncations(1, (2, 12), (5.0, 3.0))
+    assert cut.ranks == (2, 12)
+    for name, (A, B) in bank.candidates.factors.items():
+        update = 2.0 * B[1] @ A[1]
+        a, b = cut.factors[name]
+        torch.testing.assert_close(3.0 * b[1] @ a[1], update, rtol=0, atol=1e-10)
+        S = torch.linalg.svdvals(update)
+        torch.testing.assert_close(torch.linalg.norm(update - 5.0 * b[0] @ a[0]), S[2:].norm())
+        assert not a[0, 2:].any()
