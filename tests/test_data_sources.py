@@ -53,6 +53,12 @@ def test_every_kind_of_file_gives_the_same_rows_and_hash(tmp_path: Path, name: s
     assert source.sha256() == reference.sha256()
 
 
+def test_hash_is_of_the_rows_not_of_their_columns_order(tmp_path: Path) -> None:
+    turned = [dict(reversed(row.items())) for row in ROWS]
+    one, other = write(tmp_path / "one.csv", ROWS), write(tmp_path / "other.csv", turned)
+    assert load_rows(str(one)).sha256() == load_rows(str(other)).sha256()
+
+
 def test_hash_covers_both_sides_and_their_border(tmp_path: Path) -> None:
     both = write(tmp_path / "both.jsonl", ROWS)
     one = write(tmp_path / "one.jsonl", ROWS[:1])

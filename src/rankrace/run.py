@@ -11,6 +11,7 @@ from importlib.metadata import version
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rankrace._version import __version__
 from rankrace.bank import adapter_of, lora_config, save_adapter
 from rankrace.config import RunConfig
 from rankrace.data import encode_splits, make_encoder, read_splits
@@ -286,6 +287,6 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
 
 def versions(device: torch.device) -> dict[str, str]:
     """What the figures depend on."""
-    packages = {name: version(name) for name in ("rankrace", "torch", "transformers", "peft")}
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {**packages, "python": platform.python_version(), "device": name}
+    return {"rankrace": __version__, **packages, "python": platform.python_version(), "device": name}
