@@ -54,11 +54,8 @@ class Session:
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: factors, heads and optimiser."""
-        c = self.trainer.bank.candidates
-        factors = {f"{n}.{ab}": t for n, pair in c.factors.items() for ab, t in zip("AB", pair, strict=True)}
-        heads = {f"head.{n}.{i}": t for n, ts in c.heads.items() for i, t in enumerate(ts)}
         optimizer = {f"optimizer.{n}": t for n, t in self.trainer.optimizer.state().items()}
-        return {**factors, **heads, **optimizer}
+        return {**self.trainer.bank.candidates.tensors(), **optimizer}
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: everything that is not a tensor. There is no random state: see Trainer."""
@@ -84,7 +81,7 @@ class Session:
             multipliers=tuple(state["multipliers"]),
             factors={n: (on_device[f"{n}.A"], on_device[f"{n}.B"]) for n in bank.layers},
             heads={
-                n: tuple(on_device[f"head.{n}.{i}"] for i in range(len(h.names)))
+                n: tuple(on_device[f"{n}.{i}"] for i in range(len(h.names)))
                 for n, h in bank.heads.items()
             },
         )

@@ -3,9 +3,9 @@
 Shapes: K candidates, R padded rank (a multiple of 8), D_in / D_out the widths of a layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rankrace.bank.flat import Flat
 from rankrace.bank.head import BankHead
 from rankrace.bank.linear import BankLinear, BankSwitch, counter_seed, linear_shape
 from rankrace.bank.spectrum import spectrum
@@ -33,6 +34,20 @@ class Candidates:
     """Layer name → A [K, R, D_in], B [K, D_out, R]; zero beyond each candidate's rank."""
     heads: dict[str, tuple[Tensor, ...]]
     """Head name → its parameters, each [K, …]."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name: every layer.A, then every layer.B, then the heads' head.0, head.1, …"""
+        A = {f"{n}.A": pair[0] for n, pair in self.factors.items()}
+        B = {f"{n}.B": pair[1] for n, pair in self.factors.items()}
+        return A | B | {f"{n}.{i}": t for n, ts in self.heads.items() for i, t in enumerate(ts)}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Candidates":
+        """The same candidates with other tensors, named as by `tensors`."""
+        return replace(
+            self,
+            factors={n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in self.factors},
+            heads={n: tuple(tensors[f"{n}.{i}"] for i in range(len(ts))) for n, ts in self.heads.items()},
+        )
 
     def keep(self, indices: Sequence[int]) -> "Candidates":
         """Only these candidates, in this order, copied; R shrinks to what they need."""
@@ -137,33 +152,56 @@ class Bank:
         )
 
     def load(self, candidates: Candidates) -> None:
-        """Makes these the candidates (their tensors become the parameters, uncopied)."""
-        self.candidates = candidates
+        """Makes a copy of these the candidates; `self.candidates` then follows their training."""
+        self.values = Flat.of(candidates.tensors())
+        self.gradients = Flat.like(self.values.views)
+        self.candidates = candidates.with_tensors(self.values.views)
+        self.install()
+
+    def install(self) -> None:
+        """Points the layers at `self.candidates`."""
+        candidates = self.candidates
         self.switch.active = slice(0, len(candidates.ranks))
-        multiplier_K = torch.tensor(candidates.multipliers, dtype=self.dtype, device=self.device)
+        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=self.dtype, device=self.device)
+        shapes = {f"{n}.{ab}": self.values.views[f"{n}.{ab}"].shape[1:] for ab in "AB" for n in self.layers}
+        K, at = len(candidates.ranks), [0, 0]
+        self.compute = Flat(shapes, K, dtype=self.model.dtype, device=self.device)
+        for name, shape in shapes.items():
+            at[name.endswith("B")] += shape.numel()
+        self.factors_end = (at[0], at[0] + at[1])
         for name, layer in self.layers.items():
-            A_KRD, B_KDR = candidates.factors[name]
-            layer.A_KRD, layer.B_KDR = nn.Parameter(A_KRD), nn.Parameter(B_KDR)
-            layer.multiplier_K = multiplier_K
+            layer.A_KRD, layer.B_KDR = (self.parameter(f"{name}.{ab}") for ab in "AB")
+            layer.compute_A_KRD, layer.compute_sB_KDR = (self.compute.views[f"{name}.{ab}"] for ab in "AB")
+            layer.multiplier_K = self.multiplier_K
         for name, head in self.heads.items():
-            head.stacked = nn.ParameterList([nn.Parameter(p) for p in candidates.heads[name]])
+            head.stacked = nn.ParameterList(
+                [self.parameter(f"{name}.{i}") for i in range(len(head.names))]
+            )
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """A view into the flat values as a parameter, whose gradient is a view into the flat gradients."""
+        parameter = nn.Parameter(self.values.views[name])
+        parameter.grad = self.gradients.views[name]
+        return parameter
+
+    def refresh(self) -> None:
+        """Brings what the products use up to date with the factors; to be called before each pass."""
+        values_KP, compute_KP = self.values.all_KP, self.compute.all_KP
+        P_A, P = self.factors_end
+        compute_KP[:, :P_A].copy_(values_KP[:, :P_A])
+        # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
+        compute_KP[:, P_A:].copy_(values_KP[:, P_A:P] * self.multiplier_K[:, None])
 
     @contextmanager
     def borrowed(self, candidates: Candidates) -> Iterator[None]:
         """Runs with other candidates for a while, then puts the present ones back."""
-        layers = [(layer, layer.A_KRD, layer.B_KDR, layer.multiplier_K) for layer in self.layers.values()]
-        heads = [(head, head.stacked) for head in self.heads.values()]
-        before = self.candidates
+        before = self.candidates, self.values, self.gradients
         try:
             self.load(candidates)
             yield
         finally:
-            self.candidates = before
-            self.switch.active = slice(0, len(before.ranks))
-            for layer, A_KRD, B_KDR, multiplier_K in layers:
-                layer.A_KRD, layer.B_KDR, layer.multiplier_K = A_KRD, B_KDR, multiplier_K
-            for head, stacked in heads:
-                head.stacked = stacked
+            self.candidates, self.values, self.gradients = before
+            self.install()
 
     # --- how a pass runs
 

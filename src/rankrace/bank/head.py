@@ -3,13 +3,29 @@
 Shapes: K candidates, N examples, D width, C classes.
 """
 
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from rankrace.bank.linear import BankSwitch
+
+
+class _Collect(torch.autograd.Function):
+    """The identity, whose backward adds to the parameter's gradient in place: it is a view into a larger one,
+    and autograd's own accumulation might replace it."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        ctx.parameter.grad.add_(grads[0])
 
 
 class BankHead(nn.Module):
@@ -33,7 +49,7 @@ class BankHead(nn.Module):
             return self.original(x)
         x_KN = x.reshape(self.switch.count, -1, *x.shape[1:])
         parameters = {
-            n: cast(Tensor, p)[self.switch.active].to(x.dtype)
+            n: _Collect.apply(p)[self.switch.active].to(x.dtype)  # type: ignore[index]
             for n, p in zip(self.names, self.stacked, strict=True)
         }
 

@@ -5,9 +5,11 @@ Activations carry the candidates outermost: [K, T, D], or any reshape of it that
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
@@ -37,9 +39,6 @@ class BankLinear(nn.Module):
     A_KRD [K, R, D_in] and B_KDR [K, D_out, R] are PEFT's lora_A and lora_B. A candidate of rank r < R has
     zeros in its last R - r rows of A and columns of B. That is exact: their gradients are zero, and AdamW
     leaves a zero with zero gradient alone.
-
-    The products run per candidate (baddbmm), never over a concatenation of factors, where 0·NaN would carry
-    one candidate's divergence into the others.
     """
 
     def __init__(self, base: nn.Module, index: int, switch: BankSwitch) -> None:
@@ -51,22 +50,65 @@ class BankLinear(nn.Module):
         self.A_KRD = nn.Parameter(torch.empty(0, 0, self.d_in))
         self.B_KDR = nn.Parameter(torch.empty(0, self.d_out, 0))
         self.multiplier_K = torch.empty(0)
+        # What the products use: A, and B with the multiplier in it, in the compute type (Bank.refresh).
+        self.compute_A_KRD = torch.empty(0)
+        self.compute_sB_KDR = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if not self.switch.enabled:
             return y
-        k = self.switch.active
-        x_KTD = x.reshape(self.switch.count, -1, self.d_in)
-        if self.switch.dropout > 0:
-            x_KTD = x_KTD * dropout_mask(
-                self.switch, self.index, x_KTD.shape[1], self.d_in, x.device, x.dtype
-            )
-        # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
-        B_KRD = (self.B_KDR[k] * self.multiplier_K[k, None, None]).to(x.dtype).transpose(1, 2)
-        A_KDR = self.A_KRD[k].to(x.dtype).transpose(1, 2)
-        y_KTD = y.reshape(self.switch.count, -1, self.d_out)
-        return torch.baddbmm(y_KTD, torch.bmm(x_KTD, A_KDR), B_KRD).view(y.shape)
+        K = self.switch.count
+        out_KTD = _Adapt.apply(
+            x.reshape(K, -1, self.d_in), y.reshape(K, -1, self.d_out), self.A_KRD, self.B_KDR, self
+        )
+        return out_KTD.view(y.shape)  # type: ignore[union-attr]
+
+
+class _Adapt(torch.autograd.Function):
+    """y + s·x Aᵀ Bᵀ, with its own backward.
+
+    The products run per candidate (bmm), never over a concatenation of factors, where 0·NaN would carry one
+    candidate's divergence into the others. Saved are x (shared by all layers that read it) and x Aᵀ; masks of
+    dropout are drawn again. Gradients of the factors are added to the full-precision ones at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_KTD: Tensor, y_KTD: Tensor, A_KRD: Tensor, B_KDR: Tensor, layer: BankLinear
+    ) -> Tensor:
+        s = layer.switch
+        active = s.active
+        A, sB = layer.compute_A_KRD[active], layer.compute_sB_KDR[active]
+        ctx.dropped = s.dropout > 0
+        mask_TD = layer_mask(layer, x_KTD) if ctx.dropped else None
+        h_KTR = torch.bmm(x_KTD if mask_TD is None else x_KTD * mask_TD, A.transpose(1, 2))
+        ctx.save_for_backward(x_KTD, h_KTR, A, sB)
+        ctx.layer, ctx.active, ctx.factors = layer, active, (A_KRD, B_KDR)
+        return torch.baddbmm(y_KTD, h_KTR, sB.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        (g_KTD,) = grads
+        x_KTD, h_KTR, A, sB = ctx.saved_tensors
+        mask_TD = layer_mask(ctx.layer, x_KTD) if ctx.dropped else None
+        gh_KTR = torch.bmm(g_KTD, sB)
+        dropped_KTD = x_KTD if mask_TD is None else x_KTD * mask_TD
+        scale_K = ctx.layer.multiplier_K[ctx.active, None, None]
+        A_grad, B_grad = (p.grad[ctx.active] for p in ctx.factors)
+        A_grad.add_(torch.bmm(gh_KTR.transpose(1, 2), dropped_KTD))
+        B_grad.addcmul_(torch.bmm(g_KTD.transpose(1, 2), h_KTR).to(B_grad.dtype), scale_K)
+        gx_KTD = None
+        if ctx.needs_input_grad[0]:
+            gx_KTD = torch.bmm(gh_KTR, A)
+            gx_KTD = gx_KTD if mask_TD is None else gx_KTD.mul_(mask_TD)
+        return gx_KTD, g_KTD, None, None, None
+
+
+def layer_mask(layer: BankLinear, x_KTD: Tensor) -> Tensor:
+    """The layer's dropout mask in this pass."""
+    return dropout_mask(layer.switch, layer.index, x_KTD.shape[1], layer.d_in, x_KTD.device, x_KTD.dtype)
 
 
 def dropout_mask(

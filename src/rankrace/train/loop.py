@@ -91,14 +91,14 @@ class Trainer:
         self.lr_K = tuple(lr_K)
         self.restarted_at = self.step
         self.optimizer = BankAdamW(
-            self.bank.parameters(), weight_decay=self.recipe.weight_decay, clip=self.recipe.clip
+            self.bank.values, self.bank.gradients, weight_decay=self.recipe.weight_decay, clip=self.recipe.clip
         )
 
     def keep(self, indices: Sequence[int]) -> None:
         """Only these candidates go on; what they have learnt, their moments and their steps are untouched."""
         self.bank.load(self.bank.candidates.keep(indices))
         self.lr_K = tuple(self.lr_K[i] for i in indices)
-        self.optimizer = self.optimizer.keep(self.bank.parameters(), indices)
+        self.optimizer = self.optimizer.keep(self.bank.values, self.bank.gradients, indices)
 
     # --- training
 

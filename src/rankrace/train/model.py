@@ -65,6 +65,8 @@ class PackedModel:
     def losses(self, packed: Packed) -> TokenLosses:
         """One pass with the bank's active candidates (or the plain base, as one candidate)."""
         K = self.bank.switch.count if self.bank.switch.enabled else 1
+        if self.bank.switch.enabled:
+            self.bank.refresh()
         h_KSD = self.hidden(packed, K).index_select(1, packed.target_positions_S)
         if self.task == "classification":
             logits_KSC = self.class_logits(h_KSD)

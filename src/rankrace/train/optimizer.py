@@ -1,88 +1,81 @@
-"""AdamW for a bank: every tensor holds K candidates, each with its own learning rate, clipping and state."""
+"""AdamW for a bank: each of its K candidates has its own learning rate, clipping and state.
 
-from collections.abc import Iterable, Sequence
+Shapes: K candidates, P trainable values of one candidate.
+"""
+
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from rankrace.bank.flat import Flat
 
 
 class BankAdamW:
-    """AdamW (Loshchilov & Hutter 2019) with the candidate as the outermost dimension of every parameter.
+    """AdamW (Loshchilov & Hutter 2019) with the candidate as the outermost dimension of every tensor.
 
-    Candidate k's update is bit for bit that of `torch.optim.AdamW` after `clip_grad_norm_` on its own slice:
-    nothing is reduced over candidates, so none can disturb another.
+    Candidate k's update is that of `torch.optim.AdamW` after `clip_grad_norm_` on its own values: nothing is
+    reduced over candidates, so none can disturb another.
 
     Args:
-        parameters: tensors [K, …].
+        values, gradients: [K, P]; the gradients are cleared by each step.
         clip: limit of each candidate's own gradient norm.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        values: Flat,
+        gradients: Flat,
         *,
         weight_decay: float = 0.0,
         clip: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        self.parameters = list(parameters)
+        self.values, self.gradients = values, gradients
         self.weight_decay, self.clip, self.betas, self.eps = weight_decay, clip, betas, eps
         self.updates = 0
-        self.mean = [torch.zeros_like(p) for p in self.parameters]
-        self.square = [torch.zeros_like(p) for p in self.parameters]
+        self.mean, self.square = Flat.like(values.views), Flat.like(values.views)
 
     @torch.no_grad()
     def step(self, lr_K: Sequence[float]) -> Tensor:
-        """One update from the parameters' gradients, which are then cleared.
-
-        Returns:
-            The gradient norms [K] before clipping.
-        """
+        """One update. Returns the gradient norms [K] before clipping."""
         self.updates += 1
         beta1, beta2 = self.betas
+        p, g, m, v = (flat.all_KP for flat in (self.values, self.gradients, self.mean, self.square))
+        norm_K = torch.linalg.vector_norm(g, dim=1)
+        g.mul_((self.clip / (norm_K + 1e-6)).clamp_(max=1.0)[:, None])
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        lr_K1 = torch.tensor(lr_K, dtype=p.dtype, device=p.device)[:, None]
+        if self.weight_decay:
+            p.mul_(1 - lr_K1 * self.weight_decay)
+        # In the gradient's memory: m̂ / (√v̂ + ε).
         correction1, correction2 = 1 - beta1**self.updates, 1 - beta2**self.updates
-        grads = [p.grad for p in self.parameters]
-        assert all(g is not None for g in grads), "a parameter of the bank got no gradient"
-        lr = torch.tensor(lr_K, dtype=self.parameters[0].dtype, device=self.parameters[0].device)
-        squares = torch.stack([g.flatten(1).square().sum(1) for g in grads if g is not None])
-        norm_K = squares.sum(0).sqrt()
-        scale_K = (self.clip / (norm_K + 1e-6)).clamp(max=1.0)
-        for p, g, m, v in zip(self.parameters, grads, self.mean, self.square, strict=True):
-            assert g is not None
-            per_candidate = (-1, *[1] * (p.dim() - 1))
-            g = g * scale_K.view(per_candidate)
-            lr_p = lr.view(per_candidate)
-            p.mul_(1 - lr_p * self.weight_decay)
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            p.sub_(lr_p * (m / correction1) / ((v / correction2).sqrt() + self.eps))
-            p.grad = None
+        torch.div(v, correction2, out=g).sqrt_().add_(self.eps)
+        torch.div(m, g, out=g)
+        p.addcmul_(g, lr_K1, value=-1 / correction1)
+        g.zero_()
         return norm_K
 
-    def keep(self, parameters: Iterable[nn.Parameter], indices: Sequence[int]) -> "BankAdamW":
-        """The optimiser of the remaining candidates, whose (re-padded) parameters are given; state kept exactly."""
+    def keep(self, values: Flat, gradients: Flat, indices: Sequence[int]) -> "BankAdamW":
+        """The optimiser of the candidates that stay, whose (re-padded) values are given; state kept exactly."""
         new = BankAdamW(
-            parameters, weight_decay=self.weight_decay, clip=self.clip, betas=self.betas, eps=self.eps
+            values, gradients, weight_decay=self.weight_decay, clip=self.clip, betas=self.betas, eps=self.eps
         )
         new.updates = self.updates
-        index = list(indices)
-        for p, m, v, m_new, v_new in zip(
-            new.parameters, self.mean, self.square, new.mean, new.square, strict=True
-        ):
-            cut = tuple(slice(0, n) for n in p.shape[1:])
-            m_new.copy_(m[index][(slice(None), *cut)])
-            v_new.copy_(v[index][(slice(None), *cut)])
+        new.mean, new.square = self.mean.kept(indices, values), self.square.kept(indices, values)
         return new
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but the parameters, by name."""
-        mean = {f"mean.{i}": t for i, t in enumerate(self.mean)}
-        square = {f"square.{i}": t for i, t in enumerate(self.square)}
-        return {**mean, **square, "updates": torch.tensor(self.updates)}
+        """Everything but values and gradients, by name."""
+        return {
+            "mean": self.mean.all_KP,
+            "square": self.square.all_KP,
+            "updates": torch.tensor(self.updates),
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.updates = int(state["updates"])
-        for i, (m, v) in enumerate(zip(self.mean, self.square, strict=True)):
-            m.copy_(state[f"mean.{i}"])
-            v.copy_(state[f"square.{i}"])
+        self.mean.all_KP.copy_(state["mean"])
+        self.square.all_KP.copy_(state["square"])
