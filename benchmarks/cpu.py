@@ -64,6 +64,7 @@ def fixed(config: RunConfig, data: Data, rank: int = 8) -> dict[str, Any]:
         model, LoraConfig(r=rank, lora_alpha=32, target_modules=layers, task_type="CAUSAL_LM")
     )
     tokenizer = load_tokenizer(config.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = [
         {
             "input_ids": e.input_ids.tolist(),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Objective, Trial, Verdict
-from rankrace.select.strategy import Bench, Cut, Keep, Look, refined
+from rankrace.select.strategy import Bench, Cut, Keep, Look, holder, refined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +31,19 @@ class Grid:
 
         trials = bench.direct()
         verdict = judge(trials)
-        winner = self.ranks.index(verdict.pick)
         if self.refine:
-            verdict = refined(verdict, trials, winner, bench, judge)
-        pick = verdict.pick
-        on_grid = pick == self.ranks[winner]
+            verdict = refined(verdict, trials, bench, judge)
+        pick, source = verdict.pick, holder(bench.ranks, verdict.pick)
+        # A candidate that was picked goes on undisturbed; a rank between two is cut from the larger.
+        trained = verdict.at(pick).source == "direct"
+        reason = f"ranks {', '.join(map(str, bench.ranks))} were compared side by side"
+        if not trained:
+            reason += f", and {pick} was cut from {bench.ranks[source]}"
         return Look(
             step=step,
             verdict=verdict,
-            # A pick on the grid goes on undisturbed; one between grid points is cut from the next larger.
-            action=Keep(indices=(winner,)) if on_grid else Cut(index=winner, ranks=(pick,)),
+            action=Keep(indices=(source,)) if trained else Cut(index=source, ranks=(pick,)),
             final=True,
-            edge="low" if pick <= min(self.ranks) else "high" if pick == max(self.ranks) else None,
-            reason=f"compared side by side after {step} steps"
-            + ("" if on_grid else f"; rank {pick} is the rank-{self.ranks[winner]} candidate, truncated"),
+            edge=verdict.edge,
+            reason=reason,
         )

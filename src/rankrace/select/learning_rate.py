@@ -1,7 +1,9 @@
 """A learning rate for each rank."""
 
 from collections.abc import Mapping
+from typing import Literal
 
+Scaling = Literal["lora", "rslora"]
 REFERENCE_RANK = 16
 """The rank that --lr is meant for."""
 
@@ -11,12 +13,12 @@ def default_lr(width: int) -> float:
     return 5e-4 * (2000 / width) ** 0.78
 
 
-def multiplier(rank: int, alpha: float, scaling: str) -> float:
+def multiplier(rank: int, alpha: float, scaling: Scaling) -> float:
     """s of ΔW = s·B A: α/r, or α/√r for rsLoRA (Kalajdzievski 2023)."""
     return alpha / rank if scaling == "lora" else alpha / rank**0.5
 
 
-def lr_for(rank: int, lr: float, alpha: float, scaling: str, override: Mapping[int, float]) -> float:
+def lr_for(rank: int, lr: float, alpha: float, scaling: Scaling, override: Mapping[int, float]) -> float:
     """lr(r) = lr·(s(r)·r / (s(r₀)·r₀))^-1/2, with r₀ = 16; the user's own value for a rank comes first.
 
     With α/r the product s(r)·r is α for every rank, and so is the learning rate.

@@ -14,6 +14,7 @@ from rankrace.errors import RankraceError
 from rankrace.select.statistics import paired_difference
 
 Source = Literal["direct", "truncated"]
+Edge = Literal["low", "high"] | None
 Penalty = Callable[[int, float], float]
 """(rank, gain G in nats) → nats."""
 
@@ -75,9 +76,23 @@ class Verdict:
     """The rank of lowest objective; the pick may be smaller, within one standard error of it."""
     gain: float
     """G = L(base) − min_r L(r)."""
+    clusters: int
+    """Independent groups of held-out examples, from which the standard errors are estimated."""
 
     def at(self, rank: int) -> Point:
         return next(p for p in self.points if p.rank == rank)
+
+    @property
+    def alive(self) -> list[Point]:
+        """The points with a finite loss."""
+        return [p for p in self.points if p.alive]
+
+    @property
+    def edge(self) -> Edge:
+        """Whether the pick is the smallest or the largest rank with a loss: the optimum may lie beyond."""
+        if self.pick == self.alive[0].rank:
+            return "low"
+        return "high" if self.pick == self.alive[-1].rank else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +101,8 @@ class Objective:
 
     Args:
         rule: "argmin" takes the lowest objective; "one_se" the smallest rank within one paired standard error of
-            it, since what cannot be told apart should not be paid for. Ties go to the smaller rank in both.
+            it, since what cannot be told apart should not be paid for (argmin where the error is unknown). Ties
+            go to the smaller rank in both, and so does all where no rank improves on the base model.
     """
 
     penalty: Penalty
@@ -109,20 +125,31 @@ class Objective:
         objectives = [
             loss + p if math.isfinite(loss) else math.inf for loss, p in zip(losses, penalties, strict=True)
         ]
+        lowest = min(objectives)
         # Sums in another order differ in the last digits; that is a tie too.
-        tie = 1e-9 * max(abs(o) for o in objectives if math.isfinite(o))
-        best = next(i for i, o in enumerate(objectives) if o <= min(objectives) + tie)
+        tie = 1e-9 * abs(lowest)
+        best = next(i for i, o in enumerate(objectives) if o <= lowest + tie)
         ses = [
-            paired_difference(t.loss_N, trials[best].loss_N, held.tokens_N, held.cluster_N)[1] for t in trials
+            paired_difference(t.loss_N, trials[best].loss_N, held.tokens_N, held.cluster_N)[1]
+            if math.isfinite(loss)
+            else math.nan
+            for t, loss in zip(trials, losses, strict=True)
         ]
         ses[best] = 0.0
         pick = best
-        if self.rule == "one_se":
-            pick = next(
-                i for i, o in enumerate(objectives) if o - objectives[best] <= max(np.nan_to_num(ses[i]), tie)
-            )
+        if gain <= 0:
+            pick = next(i for i, o in enumerate(objectives) if math.isfinite(o))
+        elif self.rule == "one_se":
+            slack = np.maximum(np.nan_to_num(ses), tie)
+            pick = next(i for i, o in enumerate(objectives) if o <= objectives[best] + slack[i])
         points = tuple(
             Point(rank=t.rank, loss=loss, se=se, penalty=p, objective=o, source=t.source)
             for t, loss, se, p, o in zip(trials, losses, ses, penalties, objectives, strict=True)
         )
-        return Verdict(points=points, pick=trials[pick].rank, best=trials[best].rank, gain=gain)
+        return Verdict(
+            points=points,
+            pick=trials[pick].rank,
+            best=trials[best].rank,
+            gain=gain,
+            clusters=len(np.unique(held.cluster_N)),
+        )

@@ -60,16 +60,18 @@ class Shrink:
         if not (stable or capped):
             return Look(step=step, verdict=verdict, action=Train())
         if self.refine:
-            verdict = refined(verdict, trials, 0, bench, judge)
-        pick = verdict.pick
+            verdict = refined(verdict, trials, bench, judge)
+        seen = ", ".join(map(str, picks))
+        reason = f"the last {len(picks)} looks" if len(picks) > 1 else "the only look"
+        reason += f" picked {seen} among {', '.join(map(str, self.ladder()))}"
+        if self.refine:
+            reason += ", and then the integers beside were tried"
         return Look(
             step=step,
             verdict=verdict,
-            action=Cut(index=0, ranks=(pick,)),
+            action=Cut(index=0, ranks=(verdict.pick,)),
             final=True,
-            edge="low" if pick == 1 else "high" if pick == self.largest else None,
+            edge=verdict.edge,
             capped=capped,
-            reason=f"the pick was {', '.join(map(str, picks))} at the last {len(picks)} looks"
-            if stable
-            else f"the picks had not settled by step {step}: {', '.join(str(p) for p in picks)}",
+            reason=reason,
         )

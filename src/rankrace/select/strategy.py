@@ -4,11 +4,13 @@ A strategy keeps no state of its own. What it decides follows from the looks so 
 now, so a run that was killed and resumed decides the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from rankrace.select.objective import Held, Trial, Verdict
+from rankrace.select.objective import Edge, Held, Trial, Verdict
+
+Judge = Callable[[Sequence[Trial]], Verdict]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,8 @@ class Look:
     action: Action
     final: bool = False
     """The rank is decided; what follows is plain training."""
-    edge: Literal["low", "high"] | None = None
-    """The pick is the smallest or largest rank that was allowed: the optimum may lie outside."""
+    edge: Edge = None
+    """Of a final look: `Verdict.edge`."""
     capped: bool = False
     """Decided because the search's time was up, not because the pick was stable."""
     reason: str = ""
@@ -58,8 +60,11 @@ class Bench(Protocol):
     """The held-out examples and the present candidates, for a strategy to measure with."""
 
     held: Held
-    ranks: tuple[int, ...]
-    """Of the present candidates."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of the present candidates."""
+        ...
 
     def direct(self) -> list[Trial]:
         """Each present candidate as it is."""
@@ -73,7 +78,8 @@ class Bench(Protocol):
 class Strategy(Protocol):
     """Abstract; each concrete strategy is one file and overrides nothing."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def start(self) -> tuple[int, ...]:
         """The ranks of the candidates that begin the run."""
@@ -88,21 +94,34 @@ class Strategy(Protocol):
         ...
 
 
-def refined(verdict: Verdict, trials: list[Trial], index: int, bench: Bench, judge: "Judge") -> Verdict:
-    """Bisects the integers between the pick and the next smaller rank on the curve, by truncation.
+def refined(verdict: Verdict, trials: Sequence[Trial], bench: Bench, judge: Judge) -> Verdict:
+    """Halves the gaps beside the pick, by truncation, until the integers next to it are measured too.
 
-    The truncated loss falls with the rank, so the smallest rank that is still good enough is found in log2 of
-    the gap. A probe that is not picked bounds the search from below.
+    Where the loss falls with the rank this ends on the smallest integer that the rule accepts, and where the
+    objective has one valley, on its lowest point: log2 of the gap in measurements. A noisy curve need not be so
+    tidy; then the end is one such rank, accepted while its measured neighbours are not better, and a rank that
+    was never measured might have done as well.
     """
-    low = max((p.rank for p in verdict.points if p.rank < verdict.pick), default=0)
-    while verdict.pick - low > 1:
-        middle = (low + verdict.pick) // 2
-        trials += bench.truncated(index, [middle])
+    while (middle := next_probe(verdict)) is not None:
+        trials = [*trials, *bench.truncated(holder(bench.ranks, middle), [middle])]
         verdict = judge(trials)
-        if verdict.pick > middle:
-            low = middle
     return verdict
 
 
-class Judge(Protocol):
-    def __call__(self, trials: Sequence[Trial]) -> Verdict: ...
+def next_probe(verdict: Verdict) -> int | None:
+    """The middle of the gap below the pick; then, if the pick is the best, of the one above."""
+    ranks = [p.rank for p in verdict.points]
+    pick = verdict.pick
+    below = max((r for r in ranks if r < pick), default=0)
+    if pick - below > 1:
+        return (below + pick) // 2
+    # Above a pick that is not the best itself lies nothing to gain: it was taken for being small.
+    above = min((r for r in ranks if r > pick), default=pick)
+    if pick == verdict.best and above - pick > 1:
+        return (pick + above) // 2
+    return None
+
+
+def holder(ranks: Sequence[int], rank: int) -> int:
+    """The candidate to cut `rank` from: the smallest one that is large enough."""
+    return min((r, index) for index, r in enumerate(ranks) if r >= rank)[1]
