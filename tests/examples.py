@@ -5,7 +5,9 @@ import numpy as np
 from rankrace.data.encoded import Encoded
 
 
-def examples(count: int, *, seed: int = 0, longest: int = 23, vocabulary: int = 61, classes: int = 0) -> list[Encoded]:
+def examples(
+    count: int, *, seed: int = 0, longest: int = 23, vocabulary: int = 61, classes: int = 0
+) -> list[Encoded]:
     """Lengths from 2 (1 for classification) to `longest`; the supervised tokens are a random tail of each."""
     rng = np.random.default_rng(seed)
     made = []

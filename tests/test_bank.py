@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from examples import examples
-from models import CAUSAL, CLASSIFYING, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from examples import examples
+from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank, adapter_of, save_adapter
 from rankrace.bank.linear import BankSwitch, dropout_mask
 from rankrace.errors import RankraceError
@@ -59,7 +59,13 @@ def alone(
     classes = family in CLASSIFYING
     peft_model = get_peft_model(
         tiny(family),
-        LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=list(layers), fan_in_fan_out=family == "gpt2", task_type="SEQ_CLS" if classes else "CAUSAL_LM"),
+        LoraConfig(
+            r=rank,
+            lora_alpha=ALPHA,
+            target_modules=list(layers),
+            fan_in_fan_out=family == "gpt2",
+            task_type="SEQ_CLS" if classes else "CAUSAL_LM",
+        ),
     )
     switch = BankSwitch(dropout=dropout, seed=3)
     for name, (A, index) in layers.items():

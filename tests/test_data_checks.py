@@ -127,10 +127,7 @@ def test_preview_shows_every_token_once(smollm2: Path, llama: PreTrainedTokenize
         text = preview_text(side.examples, tokenizer, 2)
         assert "never shown" not in text.plain
         for example in side.examples[:2]:
-            assert (
-                f"example {example.row + 1}: {len(example)} tokens, {example.supervised.sum()} supervised"
-                in text
-            )
+            assert f"example {example.row + 1}: {len(example)} tokens, {example.supervised.sum()} supervised" in text
             decoded = str(tokenizer.decode(example.input_ids.tolist()))
             assert decoded in text.plain.replace("⟦", "").replace("⟧", "")
         marked = [text.plain[span.start : span.end] for span in text.spans if span.style == SUPERVISED]

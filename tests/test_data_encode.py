@@ -44,9 +44,7 @@ def llama_like() -> PreTrainedTokenizerBase:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.chat_template = LLAMA_CHAT
     return fast
 
@@ -199,9 +197,7 @@ def test_a_template_that_refuses_is_reported(llama: PreTrainedTokenizerBase) -> 
 # --- BOS, EOS and the space before a text
 
 
-def test_one_bos_if_the_tokenizer_adds_one(
-    llama: PreTrainedTokenizerBase, smol: PreTrainedTokenizerBase
-) -> None:
+def test_one_bos_if_the_tokenizer_adds_one(llama: PreTrainedTokenizerBase, smol: PreTrainedTokenizerBase) -> None:
     pair = Conversation(TALK.messages[1:5])
     rows: list[Example] = [PromptCompletion("a", "b"), PromptCompletion("<s>a", "b"), PlainText("a"), pair]
     for encoded in causal(llama).encode_batch(rows):

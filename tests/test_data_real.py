@@ -30,9 +30,7 @@ def config(data: Path, **options: object) -> RunConfig:
         ("CoLA", 8_551, 1_043, False, {"0", "1"}),
     ],
 )
-def test_glue_folders(
-    data_root: Path, name: str, train: int, validation: int, pair: bool, labels: set[str]
-) -> None:
+def test_glue_folders(data_root: Path, name: str, train: int, validation: int, pair: bool, labels: set[str]) -> None:
     source = load_rows(str(data_root / "glue" / name))
     assert source.validation is not None
     assert (len(source.train), len(source.validation)) == (train, validation)
@@ -133,9 +131,7 @@ def test_template_notes(tmp_path: Path, smollm2: Path) -> None:
     plain = write_rows(tmp_path / "plain.jsonl", [{"text": f"one two {i}"} for i in range(10)])
     notes = load_data(config(plain, template="chat"), tokenizer, "causal").notes
     assert "Rows of plain text have no turns: --template chat has no effect on them." in notes
-    talks = write_rows(
-        tmp_path / "a.jsonl", [{"instruction": f"say {i}", "output": f"{i}"} for i in range(10)]
-    )
+    talks = write_rows(tmp_path / "a.jsonl", [{"instruction": f"say {i}", "output": f"{i}"} for i in range(10)])
     assert len(load_data(config(talks), tokenizer, "causal").notes) == 2
     tokenizer.chat_template = None
     notes = load_data(config(talks), tokenizer, "causal").notes

@@ -115,9 +115,7 @@ def test_cola_without_a_header(tmp_path: Path) -> None:
 # --- folders
 
 
-@pytest.mark.parametrize(
-    "held_out", ["validation.csv", "dev.tsv", "valid.jsonl", "val.json", "dev-v2.0.json"]
-)
+@pytest.mark.parametrize("held_out", ["validation.csv", "dev.tsv", "valid.jsonl", "val.json", "dev-v2.0.json"])
 def test_folder_with_both_splits(tmp_path: Path, held_out: str) -> None:
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / held_out, ROWS[:1])
@@ -232,10 +230,7 @@ def test_hub_rows_with_class_names(monkeypatch: pytest.MonkeyPatch) -> None:
         labels = {"train": [1, 0], "validation": [1, -1], "test": [-1, -1]}
         columns = {split: {"text": ["a", "b"], "label": numbers} for split, numbers in labels.items()}
         return datasets.DatasetDict(
-            {
-                split: datasets.Dataset.from_dict(column, features=features)
-                for split, column in columns.items()
-            }
+            {split: datasets.Dataset.from_dict(column, features=features) for split, column in columns.items()}
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load)

@@ -58,8 +58,7 @@ def test_the_split_does_not_depend_on_the_order_of_the_rows(seed: int) -> None:
 
 def test_seeds_give_other_splits() -> None:
     chosen = {
-        tuple(content_key(e) for e in split_examples(texts(100), None, 0.1, 99, s).validation)
-        for s in range(5)
+        tuple(content_key(e) for e in split_examples(texts(100), None, 0.1, 99, s).validation) for s in range(5)
     }
     assert len(chosen) == 5
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from examples import examples
-from models import CAUSAL, CLASSIFYING, tiny
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from examples import examples
+from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, epoch_batches

@@ -314,9 +314,7 @@ def test_the_lora_config_makes_an_adapter_of_that_rank_and_multiplier(scaling: s
 
 def card(shown: Result, folder: Path) -> tuple[dict[str, Any], str]:
     write_card(shown, CONFIG, folder / "README.md")
-    whole = re.fullmatch(
-        r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    whole = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert whole is not None
     return yaml.safe_load(whole[1]), whole[2]
 

@@ -108,12 +108,8 @@ def test_histories_keep_six_digits_and_equal_lengths(document: dict[str, Any]):
         Result.model_validate(document)
 
 
-@pytest.mark.parametrize(
-    ("rank", "limit"), [(1, 1), (2, 8), (8, 8), (12, 16), (300, 320), (512, 512), (513, None)]
-)
-def test_vllm_limit_is_the_smallest_that_holds_the_rank(
-    document: dict[str, Any], rank: int, limit: int | None
-):
+@pytest.mark.parametrize(("rank", "limit"), [(1, 1), (2, 8), (8, 8), (12, 16), (300, 320), (512, 512), (513, None)])
+def test_vllm_limit_is_the_smallest_that_holds_the_rank(document: dict[str, Any], rank: int, limit: int | None):
     assert Result.model_validate(document | {"rank": rank}).vllm_max_lora_rank == limit
     assert limit is None or limit in VLLM_RANKS
 

@@ -9,13 +9,11 @@ by this one's at a random time.
 import json
 import multiprocessing
 import os
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing import forkserver
@@ -26,13 +24,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rankrace.cli import main
-from rankrace.errors import RankraceError
-from rankrace.run import train
 from rankrace.train.checkpoint import load_checkpoint, save_checkpoint
 
 STEPS, SAVE_EVERY = 24, 2

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from models import tiny
 
+from models import tiny
 from rankrace.bank import Bank, spectrum
 
 D_OUT, D_IN, R = 40, 24, 12
@@ -51,7 +51,7 @@ def test_the_update_is_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Largest(TorchDispatchMode):
         size = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for t in out if isinstance(out, tuple | list) else [out]:
                 if isinstance(t, torch.Tensor):

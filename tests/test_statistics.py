@@ -55,7 +55,7 @@ def test_pairing_cancels_what_candidates_share():
     gap_N = 0.01 * rng.normal(size=50)
     ones, each = np.ones(50), np.arange(50)
     assert paired_difference(hard_N + gap_N, hard_N, ones, each)[1] == pytest.approx(0.01 / math.sqrt(50), rel=0.3)
-    assert mean_and_se(hard_N, ones, each)[1] > 100
+    assert mean_and_se(hard_N, ones, each)[1] > 10
 
 
 def test_copies_of_an_example_in_one_document_teach_nothing():

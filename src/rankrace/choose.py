@@ -47,7 +47,8 @@ class Selection:
 
     def _arguments(self) -> dict[str, Any]:
         c = self._config
-        assert isinstance(c.target_modules, set | list) and c.task_type is not None
+        assert isinstance(c.target_modules, set | list)
+        assert c.task_type is not None
         chosen = {
             "task_type": TaskType(c.task_type).value,
             "r": c.r,
@@ -89,6 +90,7 @@ def search(
     data = encode_splits(read, make_encoder(config, tokenizer, task, read))
     attention, required = model.config._attn_implementation, [p.requires_grad for p in model.parameters()]
     training = model.training
+    assert attention is not None, "Transformers sets an attention implementation on every model"
     session = prepare(config, data, model, task)
     try:
         with Progress() as progress:

@@ -90,9 +90,7 @@ def checked(values: dict[str, Any]) -> RunConfig:
         missing = first["type"] == "missing"
         raise RankraceError(
             f"--{name} is missing" if missing else f"--{name} {first.get('input')!r}: {first['msg']}",
-            why="the run cannot start without it"
-            if missing
-            else "the value is outside what the option takes",
+            why="the run cannot start without it" if missing else "the value is outside what the option takes",
             fix=f"give --{name}; `rankrace train --help` says what it takes",
         ) from error
 
@@ -119,9 +117,7 @@ def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:
             continue
         flag = "--" + name.replace("_", "-")
         kind = flag_type(info.annotation)
-        shown = (
-            "" if info.is_required() or info.default is None else f" [default: {shown_default(info.default)}]"
-        )
+        shown = "" if info.is_required() or info.default is None else f" [default: {shown_default(info.default)}]"
         names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
         option = typer.Option(names, help=(info.description or "") + shown, show_default=False)
         parameters.append(

@@ -15,9 +15,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class RunConfig(BaseModel):
     """A fine-tuning run. The docstring line of each field is its help text."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
     # --- what to train on what
     model: str

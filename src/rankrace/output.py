@@ -59,8 +59,7 @@ class OutputFolder:
         asked = {
             key
             for key, value in now.items()
-            if key not in MAY_DIFFER
-            and value != RunConfig.model_fields[key].get_default(call_default_factory=True)
+            if key not in MAY_DIFFER and value != RunConfig.model_fields[key].get_default(call_default_factory=True)
         }
         differing = sorted(key for key in asked if key in before and before[key] != now[key])
         if differing:

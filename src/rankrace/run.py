@@ -34,6 +34,7 @@ from rankrace.result import (
     Memory,
     Result,
     Series,
+    Source,
     Time,
 )
 from rankrace.select.reason import is_confident, reason
@@ -43,6 +44,7 @@ from rankrace.train.checkpoint import load_checkpoint, save_checkpoint, written_
 from rankrace.train.loop import Measured
 from rankrace.train.model import is_encoder, load_model, load_tokenizer
 
+SOURCES: tuple[Source, ...] = ("direct", "truncated")
 SAVES = 20
 """Checkpoints of a run, unless save_every says otherwise."""
 
@@ -71,9 +73,7 @@ def train(config: RunConfig) -> Result:
     finished = folder.check(config)
     started = folder.started()
     if started is not None:
-        config = started.model_copy(
-            update={"out": config.out, "save_every": config.save_every, "resume": True}
-        )
+        config = started.model_copy(update={"out": config.out, "save_every": config.save_every, "resume": True})
     with Progress() as progress:
         if finished is not None:
             progress.say(f"This run is finished: {folder.report}")
@@ -105,9 +105,15 @@ def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTra
     progress.phase("loading the model")
     dtype = chosen_dtype(config.dtype, device)
     model = load_model(config.model, task, data.labels, device=device, dtype=dtype, seed=config.seed)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
     for finding in check_encoded(
-        data.train, data.validation, tokenizer=tokenizer, task=task, vocab_size=vocabulary, labels=data.labels
+        data.train,
+        data.validation,
+        tokenizer=tokenizer,
+        task=task,
+        vocab_size=embedding.num_embeddings,
+        labels=data.labels,
     ):
         progress.say(f"Note: {finding}")
     progress.phase("measuring the base model")
@@ -124,9 +130,7 @@ def task_of(config: RunConfig) -> Task:
     return "classification" if is_encoder(config.model) else "causal"
 
 
-def drive(
-    session: Session, folder: OutputFolder, clock: Clock, progress: Progress, interrupts: Interrupts
-) -> None:
+def drive(session: Session, folder: OutputFolder, clock: Clock, progress: Progress, interrupts: Interrupts) -> None:
     """Trains to the end; saves as it goes, and before it stops."""
     trainer, search = session.trainer, session.search
     every = session.config.save_every or max(1, trainer.total // SAVES)
@@ -237,7 +241,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
                 step=look.step,
             )
             for p in look.verdict.points
-        ],  # fmt: skip
+        ],
         decision=Decision(
             step=look.step,
             fraction=look.step / trainer.total,
@@ -258,7 +262,8 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
                 source=source,
             )
             for seen in search.state.looks
-            for source in sorted({p.source for p in seen.verdict.points})
+            for source in SOURCES
+            if any(p.source == source for p in seen.verdict.points)
         ],
         history=[
             Series(rank=e.rank, steps=list(range(e.began + 1, e.began + 1 + e.steps)), losses=e.losses)

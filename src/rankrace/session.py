@@ -80,10 +80,7 @@ class Session:
             ranks=tuple(state["ranks"]),
             multipliers=tuple(state["multipliers"]),
             factors={n: (on_device[f"{n}.A"], on_device[f"{n}.B"]) for n in bank.layers},
-            heads={
-                n: tuple(on_device[f"{n}.{i}"] for i in range(len(h.names)))
-                for n, h in bank.heads.items()
-            },
+            heads={n: tuple(on_device[f"{n}.{i}"] for i in range(len(h.names))) for n, h in bank.heads.items()},
         )
         t.start(candidates, state["lr"])
         prefix = "optimizer."
@@ -98,7 +95,8 @@ def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task
     bank = Bank(hf_model, target_modules=config.target_modules, seed=config.seed, dropout=config.dropout)
     bank.check_ranks(config.ranks)
     config = resolved(config, hf_model, task)
-    assert config.lr is not None and config.micro_tokens is not None
+    assert config.lr is not None
+    assert config.micro_tokens is not None
     lr = config.lr
     model = PackedModel(hf_model, bank, task)
     shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
@@ -194,9 +192,7 @@ def look_size(config: RunConfig, data: Data, trainer: Trainer, strategy: Strateg
     return max(LOOK_LEAST, int(LOOK_SHARE * training / measurements / mean_length))
 
 
-def divide(
-    examples: Sequence[Encoded], wanted: int, seed: int
-) -> tuple[list[Encoded], list[Encoded], list[str]]:
+def divide(examples: Sequence[Encoded], wanted: int, seed: int) -> tuple[list[Encoded], list[Encoded], list[str]]:
     """Validation → examples that choose, and fresh ones that only report. Whole documents on either side."""
     groups = np.unique([e.group for e in examples])
     order = np.random.Generator(np.random.Philox(seed)).permutation(groups)

@@ -56,9 +56,7 @@ class Candidates:
         return Candidates(
             ranks=ranks,
             multipliers=tuple(self.multipliers[i] for i in indices),
-            factors={
-                n: (A[index, :R].clone(), B[index, :, :R].clone()) for n, (A, B) in self.factors.items()
-            },
+            factors={n: (A[index, :R].clone(), B[index, :, :R].clone()) for n, (A, B) in self.factors.items()},
             heads={n: tuple(p[index].clone() for p in ps) for n, ps in self.heads.items()},
         )
 
@@ -142,14 +140,10 @@ class Bank:
                 A_KRD[k, :r] = widest_RD[:r]
             factors[name] = (A_KRD, A_KRD.new_zeros(K, layer.d_out, R))
         heads = {
-            n: tuple(
-                p.detach().to(self.dtype).expand(K, *p.shape).clone() for p in head.original.parameters()
-            )
+            n: tuple(p.detach().to(self.dtype).expand(K, *p.shape).clone() for p in head.original.parameters())
             for n, head in self.heads.items()
         }
-        self.load(
-            Candidates(ranks=tuple(ranks), multipliers=tuple(multipliers), factors=factors, heads=heads)
-        )
+        self.load(Candidates(ranks=tuple(ranks), multipliers=tuple(multipliers), factors=factors, heads=heads))
 
     def load(self, candidates: Candidates) -> None:
         """Makes a copy of these the candidates; `self.candidates` then follows their training."""
@@ -174,9 +168,7 @@ class Bank:
             layer.compute_A_KRD, layer.compute_sB_KDR = (self.compute.views[f"{name}.{ab}"] for ab in "AB")
             layer.multiplier_K = self.multiplier_K
         for name, head in self.heads.items():
-            head.stacked = nn.ParameterList(
-                [self.parameter(f"{name}.{i}") for i in range(len(head.names))]
-            )
+            head.stacked = nn.ParameterList([self.parameter(f"{name}.{i}") for i in range(len(head.names))])
 
     def parameter(self, name: str) -> nn.Parameter:
         """A view into the flat values as a parameter, whose gradient is a view into the flat gradients."""
@@ -283,12 +275,10 @@ def padded(rank: int) -> int:
 def find_targets(model: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
     """The layers to adapt, by name, in the model's order. "all-linear" leaves out the output head."""
     head = model.get_output_embeddings()
-    linear = {
+    linear: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not head
-        and name.partition(".")[0] not in HEAD_NAMES
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and name.partition(".")[0] not in HEAD_NAMES
     }
     if target_modules == "all-linear":
         chosen = linear

@@ -41,10 +41,7 @@ def adapter_of(bank: Bank, k: int) -> Adapter:
     return Adapter(
         factors={n: (A[k, :r].contiguous(), B[k, :, :r].contiguous()) for n, (A, B) in c.factors.items()},
         multiplier=c.multipliers[k],
-        heads={
-            n: {p: t[k] for p, t in zip(head.names, c.heads[n], strict=True)}
-            for n, head in bank.heads.items()
-        },
+        heads={n: {p: t[k] for p, t in zip(head.names, c.heads[n], strict=True)} for n, head in bank.heads.items()},
     )
 
 
@@ -59,7 +56,7 @@ def lora_config(bank: Bank, adapter: Adapter) -> LoraConfig:
         task_type=TaskType.SEQ_CLS if bank.heads else TaskType.CAUSAL_LM,
         base_model_name_or_path=bank.model.name_or_path,
         r=common,
-        lora_alpha=tidy(adapter.multiplier * common),
+        lora_alpha=tidy(adapter.multiplier * common),  # type: ignore[arg-type]  # PEFT takes fractions too
         rank_pattern=pattern,
         alpha_pattern={name: tidy(adapter.multiplier * r) for name, r in pattern.items()},
         target_modules=short_names(bank),
@@ -72,7 +69,7 @@ def lora_config(bank: Bank, adapter: Adapter) -> LoraConfig:
 
 def save_adapter(bank: Bank, adapter: Adapter, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into an existing folder."""
-    lora_config(bank, adapter).save_pretrained(folder)
+    lora_config(bank, adapter).save_pretrained(str(folder))
     tensors = {}
     for name, (A, B) in adapter.factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A

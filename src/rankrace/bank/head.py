@@ -24,7 +24,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> None:
+    def backward(ctx: Any, *grads: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.parameter.grad.add_(grads[0])
 
 
@@ -40,9 +40,7 @@ class BankHead(nn.Module):
         self.switch = switch
         self.names = tuple(name for name, _ in original.named_parameters())
         # nn.ParameterDict would turn the dots of nested names away.
-        self.stacked = nn.ParameterList(
-            [nn.Parameter(p.detach().clone()[None]) for p in original.parameters()]
-        )
+        self.stacked = nn.ParameterList([nn.Parameter(p.detach().clone()[None]) for p in original.parameters()])
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.switch.enabled:

@@ -74,9 +74,7 @@ class _Adapt(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_KTD: Tensor, y_KTD: Tensor, A_KRD: Tensor, B_KDR: Tensor, layer: BankLinear
-    ) -> Tensor:
+    def forward(ctx: Any, x_KTD: Tensor, y_KTD: Tensor, A_KRD: Tensor, B_KDR: Tensor, layer: BankLinear) -> Tensor:
         s = layer.switch
         active = s.active
         A, sB = layer.compute_A_KRD[active], layer.compute_sB_KDR[active]
@@ -89,7 +87,7 @@ class _Adapt(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (g_KTD,) = grads
         x_KTD, h_KTR, A, sB = ctx.saved_tensors
         mask_TD = layer_mask(ctx.layer, x_KTD) if ctx.dropped else None

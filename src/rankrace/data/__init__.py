@@ -96,9 +96,7 @@ def split_rows(source: SourceRows, config: RunConfig) -> ReadData:
     )
 
 
-def make_encoder(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: Task, read: ReadData
-) -> Encoder:
+def make_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: Task, read: ReadData) -> Encoder:
     """The encoder for a task; the classes are those of the training rows."""
     return Encoder(
         tokenizer,
@@ -123,9 +121,7 @@ def encode_splits(read: ReadData, encoder: Encoder) -> Data:
         if side.truncated:
             total = len(side) + side.dropped
             left = f"; {side.dropped:,} of them have no target left and are dropped" if side.dropped else ""
-            notes.append(
-                f"Cut {side.truncated:,} of {total:,} {name} examples to {encoder.max_length} tokens{left}."
-            )
+            notes.append(f"Cut {side.truncated:,} of {total:,} {name} examples to {encoder.max_length} tokens{left}.")
     return Data(
         train=train,
         validation=validation,

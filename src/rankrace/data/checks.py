@@ -61,9 +61,7 @@ def _fault(what: str, why: str, fix: str) -> NoReturn:
     raise RankraceError(what, why=why, fix=fix)
 
 
-def _check_tokens(
-    name: str, side: EncodedSet, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
-) -> None:
+def _check_tokens(name: str, side: EncodedSet, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
     largest = max(int(example.input_ids.max()) for example in side.examples)
     if vocab_size is not None and largest >= vocab_size:
         _fault(
@@ -118,9 +116,7 @@ def _findings(train: EncodedSet, validation: EncodedSet) -> list[Finding]:
     findings: list[Finding] = []
     share = train.truncated / (len(train) + train.dropped)
     if share > MANY_TRUNCATED:
-        findings.append(
-            Finding(f"{share:.0%} of the training examples are cut.", "Consider a larger --max-length.")
-        )
+        findings.append(Finding(f"{share:.0%} of the training examples are cut.", "Consider a larger --max-length."))
     if len(validation) < FEW_VALIDATION:
         what = f"Only {len(validation)} validation examples: the choice of the rank will be uncertain."
         findings.append(Finding(what, "Hold out more with --validation-fraction or --validation."))
@@ -135,9 +131,7 @@ def preview_text(examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase
     """The first n examples as text, with ⟦supervised parts⟧ marked by brackets and colour."""
     text = Text()
     for example in examples[:n]:
-        targets = (
-            f"{int(example.supervised.sum())} supervised" if example.label < 0 else f"class {example.label}"
-        )
+        targets = f"{int(example.supervised.sum())} supervised" if example.label < 0 else f"class {example.label}"
         cut = ", cut" if example.truncated else ""
         text.append(f"example {example.row + 1}: {len(example)} tokens, {targets}{cut}\n", style="bold")
         for start, end in _runs(example.supervised):

@@ -93,8 +93,7 @@ class Encoder:
         """
         groups: dict[str, int] = {}
         numbers = [
-            len(examples) + i if e.group is None else groups.setdefault(e.group, i)
-            for i, e in enumerate(examples)
+            len(examples) + i if e.group is None else groups.setdefault(e.group, i) for i, e in enumerate(examples)
         ]
         if self.task == "classification":
             return self._classification(examples, numbers)
@@ -199,9 +198,7 @@ class Encoder:
             )
         whole = self._with_specials(labelled, None)
         long = [row for row, (ids, _) in enumerate(whole) if len(ids) > self.max_length]
-        short = dict(
-            zip(long, self._with_specials([labelled[row] for row in long], self.max_length), strict=True)
-        )
+        short = dict(zip(long, self._with_specials([labelled[row] for row in long], self.max_length), strict=True))
         encoded: list[Encoded] = []
         for row, example in enumerate(labelled):
             ids, types = short.get(row, whole[row])

@@ -39,9 +39,7 @@ def read_file(path: Path) -> Rows:
         )
     rows = reader(path)
     if not rows:
-        raise RankraceError(
-            f"{path} has no rows.", why="there is nothing to learn from.", fix="add rows to it."
-        )
+        raise RankraceError(f"{path} has no rows.", why="there is nothing to learn from.", fix="add rows to it.")
     return rows
 
 

@@ -114,9 +114,7 @@ def _alpaca(row: Row, group: str | None) -> Conversation:
     request = row.text("instruction")
     if row.has("input", "context"):
         request += "\n\n" + row.text("input" if row.has("input") else "context")
-    return Conversation(
-        (Message("user", request), Message("assistant", row.text("output", "response"))), group
-    )
+    return Conversation((Message("user", request), Message("assistant", row.text("output", "response"))), group)
 
 
 def _options(row: Row) -> dict[str, str]:
@@ -131,30 +129,21 @@ def _options(row: Row) -> dict[str, str]:
 
 def _question_prompt(row: Row, passage: str | None, options: str | None) -> str:
     question = f"Question: {row.text('question').strip()}\n"
-    return (
-        (f"{passage.strip()}\n\n" if passage else "")
-        + question
-        + (f"{options}\n" if options else "")
-        + "Answer:"
-    )
+    return (f"{passage.strip()}\n\n" if passage else "") + question + (f"{options}\n" if options else "") + "Answer:"
 
 
 def _squad(row: Row, group: str | None) -> PromptCompletion:
     answers = row.values["answers"]
     if not isinstance(answers, dict) or not isinstance(answers.get("text"), list):
         row.fault(f"'answers' must be {{text: [...]}} and is {kind_of(answers)}.")
-    answer = (
-        Row({"answer": answers["text"][0]}, row.where).text("answer") if answers["text"] else UNANSWERABLE
-    )
+    answer = Row({"answer": answers["text"][0]}, row.where).text("answer") if answers["text"] else UNANSWERABLE
     if group is None and row.has("title"):
         group = row.name("title")
     return PromptCompletion(_question_prompt(row, row.text("context"), None), f" {answer.strip()}", group)
 
 
 def _question_answer(row: Row, group: str | None) -> PromptCompletion:
-    passage = (
-        row.text("passage" if row.has("passage") else "context") if row.has("passage", "context") else None
-    )
+    passage = row.text("passage" if row.has("passage") else "context") if row.has("passage", "context") else None
     answer, options = row.name("answer"), None
     if row.has("options"):
         if isinstance(row.values["options"], str):
@@ -245,9 +234,7 @@ def read_examples(
         RankraceError: unknown columns, or a row (named by its number, from 1) that gives no example.
     """
     if not rows:
-        raise RankraceError(
-            f"{where} has no rows.", why="there is nothing to learn from.", fix="add rows to it."
-        )
+        raise RankraceError(f"{where} has no rows.", why="there is nothing to learn from.", fix="add rows to it.")
     shape = detect(rows[0], where)
     if group_column is not None and group_column not in rows[0]:
         raise RankraceError(

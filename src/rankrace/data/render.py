@@ -40,9 +40,7 @@ def uses_chat(example: Example, template: Template, tokenizer: PreTrainedTokeniz
     return template == "chat" and not isinstance(example, PlainText)
 
 
-def render(
-    example: Example, template: Template, tokenizer: PreTrainedTokenizerBase, where: str
-) -> list[Piece]:
+def render(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase, where: str) -> list[Piece]:
     """The example's text in pieces.
 
     Raises:

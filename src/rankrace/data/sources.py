@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 VALIDATION_NAMES = ("validation", "dev", "valid", "val")
 # train.tsv, train-v2.0.json, dev.4options.jsonl, train-00000-of-00002.parquet
-_SPLIT_FILE = re.compile(
-    r"(train|validation|dev|valid|val|test)(-\d+-of-\d+)?(?:[-.].*)?\.\w+", re.IGNORECASE
-)
+_SPLIT_FILE = re.compile(r"(train|validation|dev|valid|val|test)(-\d+-of-\d+)?(?:[-.].*)?\.\w+", re.IGNORECASE)
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::(?P<subset>[\w.-]+))?")
 
 
@@ -108,9 +106,7 @@ def _from_folder(folder: Path) -> SourceRows:
         train=_read_shards(train),
         validation=_read_shards(held_out) if held_out else None,
         train_where=str(train[0]) if len(train) == 1 else f"{folder}/train-*",
-        validation_where=(str(held_out[0]) if len(held_out) == 1 else f"{folder}/validation-*")
-        if held_out
-        else None,
+        validation_where=(str(held_out[0]) if len(held_out) == 1 else f"{folder}/validation-*") if held_out else None,
     )
 
 

@@ -81,9 +81,7 @@ def split_examples(
         )
     drawn = draw(fresh, maximum, seed)
     how = f"{len(drawn):,} of {len(validation):,} given validation rows"
-    return Splits(
-        train=list(train), validation=drawn, dropped_duplicates=len(validation) - len(fresh), how=how
-    )
+    return Splits(train=list(train), validation=drawn, dropped_duplicates=len(validation) - len(fresh), how=how)
 
 
 def _hold_out(examples: Sequence[Example], fraction: float, maximum: int, seed: int) -> Splits:

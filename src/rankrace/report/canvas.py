@@ -62,9 +62,7 @@ def canvas(form: Format, title: str, panels: int = 1) -> tuple[Figure, list[Axes
     """A figure whose panels lie side by side on a wide page, one above the other on a narrow one."""
     columns = panels if form.name == "wide" else 1
     rows = panels // columns
-    figure = Figure(
-        figsize=(form.width / 72, rows * form.height / 72), layout=ConstrainedLayoutEngine(hspace=0.08)
-    )
+    figure = Figure(figsize=(form.width / 72, rows * form.height / 72), layout=ConstrainedLayoutEngine(hspace=0.08))
     figure.patch.set_visible(False)
     all_axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
     for axes in all_axes:

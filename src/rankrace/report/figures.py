@@ -40,9 +40,7 @@ def loss_against_rank(result: Result, form: Format) -> str:
     if handles:
         unique = dict(zip(labels, handles, strict=True))
         columns = len(unique) if form.name == "wide" else 1
-        figure.legend(
-            unique.values(), unique.keys(), loc="outside lower left", ncols=columns, **legend_style(form)
-        )
+        figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=columns, **legend_style(form))
     described = ", ".join(f"rank {point.rank}: {point.loss:.4f}" for point in points[:40])
     return to_svg(figure, f"rank-{form.name}", f"Validation loss against rank. {described}")
 
@@ -124,9 +122,7 @@ def looks(result: Result, form: Format) -> str:
     rank_axis(axes, everything, form)
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right", ncols=len(shown) // 5 + 1, **legend_style(form))
-    return to_svg(
-        figure, f"looks-{form.name}", "Loss above the best rank, at each look at the validation set."
-    )
+    return to_svg(figure, f"looks-{form.name}", "Loss above the best rank, at each look at the validation set.")
 
 
 def measured(curve: Sequence[CurvePoint]) -> list[CurvePoint]:

@@ -51,9 +51,7 @@ def templates(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
-        count=count, duration=duration, gibibytes=gibibytes, percent=percent, loss=loss
-    )
+    environment.filters.update(count=count, duration=duration, gibibytes=gibibytes, percent=percent, loss=loss)
     return environment
 
 
@@ -96,9 +94,7 @@ def warnings(result: Result) -> list[str]:
     lost = [candidate for candidate in result.candidates if candidate.status == "diverged"]
     if lost:
         verb = "was" if len(lost) == 1 else "were"
-        found.append(
-            f"Diverged: {_named(lost)} {verb} removed when the loss or a gradient was no longer finite."
-        )
+        found.append(f"Diverged: {_named(lost)} {verb} removed when the loss or a gradient was no longer finite.")
     return found
 
 
@@ -116,9 +112,7 @@ def lora_config_code(result: Result, config: dict[str, Any]) -> str:
     if result.rank_pattern:
         lines.append(f"rank_pattern={result.rank_pattern},")
     modules = f"target_modules={result.target_modules},"
-    lines += textwrap.wrap(
-        modules, 84, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    )
+    lines += textwrap.wrap(modules, 84, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
     lines.append('task_type="SEQ_CLS",' if result.task == "classification" else 'task_type="CAUSAL_LM",')
     body = textwrap.indent("\n".join(lines), "    ")
     return f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{body}\n)"

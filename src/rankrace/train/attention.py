@@ -108,7 +108,7 @@ def padded(
 
     With the padding on the right, causality alone hides it from every real token.
     """
-    K, H, T, D = q.shape
+    K, H, _, D = q.shape
     L = layout.longest
 
     def grid(x: Tensor) -> Tensor:

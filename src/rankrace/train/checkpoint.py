@@ -28,9 +28,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     """
     final = folder / f"step-{step:06d}"
     with written_whole(final) as partial:
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial / "tensors.safetensors"
-        )
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial / "tensors.safetensors")
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for old in checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old)

@@ -9,6 +9,7 @@ Shapes: K candidates, S targets of a packed row, N examples of a set.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Recipe:
     batch_size: int
     micro_tokens: int
     """Tokens of one pass, over all candidates in it; a single longer example still makes a pass of its own."""
-    schedule: str
+    schedule: Literal["linear", "cosine", "constant"]
     warmup: float
     weight_decay: float
     clip: float
@@ -91,7 +92,10 @@ class Trainer:
         self.lr_K = tuple(lr_K)
         self.restarted_at = self.step
         self.optimizer = BankAdamW(
-            self.bank.values, self.bank.gradients, weight_decay=self.recipe.weight_decay, clip=self.recipe.clip
+            self.bank.values,
+            self.bank.gradients,
+            weight_decay=self.recipe.weight_decay,
+            clip=self.recipe.clip,
         )
 
     def keep(self, indices: Sequence[int]) -> None:

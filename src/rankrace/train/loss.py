@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 Head = Callable[[Tensor], Tensor]
@@ -43,15 +43,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_MD,) = ctx.saved_tensors  # type: ignore[attr-defined]
         # A row's loss depends on that row alone, so any weighting of rows is a product.
         return grad_MD * outputs[0][:, None].to(grad_MD.dtype), None, None, None, None
 
 
-def chunked_cross_entropy(
-    h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int = 256
-) -> tuple[Tensor, Tensor]:
+def chunked_cross_entropy(h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int = 256) -> tuple[Tensor, Tensor]:
     """Losses [M] in nats, and whether the target was the most likely token [M].
 
     The gradient reaches h_MD only: the head is frozen.

@@ -47,7 +47,8 @@ class PackedModel:
     """
 
     def __init__(self, model: PreTrainedModel, bank: Bank, task: Task, chunk: int = 256) -> None:
-        self.model, self.bank, self.task, self.chunk = model, bank, task, chunk
+        self.model, self.bank, self.chunk = model, bank, chunk
+        self.task: Task = task
         self.trunk: nn.Module = model.base_model
         self.position_offset = first_position(model)
         softcap = model.config.get_text_config().to_dict().get("final_logit_softcapping")
@@ -103,9 +104,7 @@ class PackedModel:
         first_token = h_KND.reshape(K * N, 1, D)  # as a row whose first token is the pooled one
         if "score" in children:
             logits = children["score"](first_token)[:, 0]
-        elif self.model.base_model_prefix in ("bert", "electra") and "pooler" in dict(
-            self.trunk.named_children()
-        ):
+        elif self.model.base_model_prefix in ("bert", "electra") and "pooler" in dict(self.trunk.named_children()):
             logits = children["classifier"](self.trunk.get_submodule("pooler")(first_token))
         elif "classifier" in children and isinstance(children["classifier"], nn.Module):
             logits = children["classifier"](first_token)

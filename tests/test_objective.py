@@ -1,0 +1,352 @@
+"""Which rank a curve of losses leads to, and what is said of it."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+
+from curves import GPT2_MEDIUM, GSM8K_BASE, GSM8K_DIRECT, GSM8K_TRUNCATED, held_out, trial, trials
+from rankrace.errors import RankraceError
+from rankrace.select.objective import Held, Objective, Penalty, Trial, Verdict, linear_penalty, log2_penalty
+from rankrace.select.reason import is_confident, reason
+from rankrace.select.strategy import Edge, Look, Train
+
+FREE = log2_penalty(0.0)
+GRID = (2, 4, 8, 16, 32)
+
+
+def judge(
+    curve: dict[int, float],
+    penalty: Penalty = FREE,
+    *,
+    rule: str = "argmin",
+    noise: float = 0.0,
+    held: Held | None = None,
+) -> Verdict:
+    held = held or held_out()
+    assert rule in ("argmin", "one_se")
+    return Objective(penalty=penalty, rule=rule).judge(trials(curve, held, noise=noise), held)
+
+
+def part(curve: dict[int, float], ranks: tuple[int, ...]) -> dict[int, float]:
+    return {r: curve[r] for r in ranks}
+
+
+def scaled(curve: dict[int, float], factor: float) -> dict[int, float]:
+    return {r: loss * factor for r, loss in curve.items()}
+
+
+# --- the published curve
+
+
+@pytest.mark.parametrize("rule", ["argmin", "one_se"])
+def test_the_lora_papers_curve_gives_16_without_a_penalty(rule: str):
+    verdict = judge(GPT2_MEDIUM, rule=rule)
+    assert verdict.pick == verdict.best == 16
+    assert verdict.edge is None
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.001, 0.003])
+@pytest.mark.parametrize("rule", ["argmin", "one_se"])
+def test_more_or_fewer_ranks_on_the_grid_flip_nothing(kappa: float, rule: str):
+    """Nothing is normalised by the grid's largest rank or its size."""
+    for ranks in (GRID, (*GRID, 64), (2, 8, 16, 32), (2, 8, 16, 32, 64), (16,), tuple(GPT2_MEDIUM)):
+        assert judge(part(GPT2_MEDIUM, ranks), log2_penalty(kappa), rule=rule).pick == 16, ranks
+
+
+def test_a_penalty_that_asks_more_than_a_doubling_buys_ends_lower():
+    """G = 3 − 1.16 = 1.84; 8 → 16 and 4 → 8 buy .01, 2 → 4 buys .03, 1 → 2 buys .02."""
+    assert judge(GPT2_MEDIUM, log2_penalty(0.0100 / 1.84 * 0.99)).pick == 16
+    assert judge(GPT2_MEDIUM, log2_penalty(0.0100 / 1.84 * 1.01)).pick == 4
+    assert judge(GPT2_MEDIUM, log2_penalty(0.05)).pick == 1
+
+
+def test_ranks_that_do_not_improve_the_best_never_change_the_choice():
+    """300 random curves, each extended by ranks that are no better than what was there."""
+    rng = np.random.default_rng(0)
+    held = held_out()
+    for rule in ("argmin", "one_se"):
+        for _ in range(150):
+            curve = dict(zip(GRID, 2.0 + np.sort(rng.exponential(0.02, 5))[::-1], strict=True))
+            more = {**curve, 64: min(curve.values()) + rng.exponential(0.01)}
+            penalty = log2_penalty(rng.choice([0.0, 0.001, 0.01]))
+            picks = [judge(c, penalty, rule=rule, noise=0.05, held=held).pick for c in (curve, more)]
+            assert picks[0] == picks[1]
+
+
+@pytest.mark.parametrize("rule", ["argmin", "one_se"])
+@pytest.mark.parametrize("kappa", [0.0, 0.001, 0.01])
+def test_tenfold_units_of_loss_flip_nothing(rule: str, kappa: float):
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        curve = dict(zip(GRID, 2.0 + rng.exponential(0.02, 5), strict=True))
+        plain = judge(curve, log2_penalty(kappa), rule=rule, noise=0.05)
+        tenfold = judge(scaled(curve, 10), log2_penalty(kappa), rule=rule, noise=0.5, held=held_out(base=30.0))
+        assert (tenfold.pick, tenfold.best) == (plain.pick, plain.best)
+        assert tenfold.gain == pytest.approx(10 * plain.gain)
+        assert [p.se for p in tenfold.points] == pytest.approx([10 * p.se for p in plain.points])
+
+
+# --- what the verdict contains
+
+
+def test_the_numbers_of_a_verdict():
+    held = held_out(base=3.0)
+    verdict = judge({8: 2.0, 2: 2.5, 4: 2.1}, log2_penalty(0.1), held=held)
+    assert [p.rank for p in verdict.points] == [2, 4, 8]  # sorted
+    assert verdict.gain == pytest.approx(1.0)
+    assert verdict.clusters == 64
+    assert [p.loss for p in verdict.points] == pytest.approx([2.5, 2.1, 2.0])
+    assert [p.penalty for p in verdict.points] == pytest.approx([0.1, 0.2, 0.3])
+    assert [p.objective for p in verdict.points] == pytest.approx([2.6, 2.3, 2.3])
+    assert verdict.pick == verdict.best == 4  # 4 and 8 tie
+    assert verdict.at(4).se == 0.0
+
+
+def test_standard_errors_are_paired_with_the_best():
+    held = held_out(400)
+    verdict = judge({2: 2.1, 4: 2.0, 8: 2.05}, noise=0.1, held=held)
+    d_N = trial(2, 2.1, held, noise=0.1).loss_N - trial(4, 2.0, held, noise=0.1).loss_N
+    e_N = d_N - 0.1 * held.tokens_N
+    plain = math.sqrt(400 / 399 * (e_N**2).sum()) / held.tokens_N.sum()
+    assert verdict.at(2).se == pytest.approx(plain)
+
+
+# --- the rules
+
+
+@pytest.mark.parametrize("rule", ["argmin", "one_se"])
+def test_ties_go_down(rule: str):
+    curve = {2: 2.0, 4: 1.9, 8: 1.9, 16: 1.9}
+    assert judge(curve, rule=rule).pick == 4
+    # Sums in another order: equal up to rounding.
+    assert judge({**curve, 8: 1.9 * (1 - 1e-15), 16: 1.9 * (1 + 1e-15)}, rule=rule).pick == 4
+    assert judge(dict.fromkeys(GRID, 1.9), rule=rule).pick == 2
+
+
+def test_a_candidate_that_runs_off_does_not_blur_the_others():
+    """A loss of a million is finite; what counts as a tie must not grow with it."""
+    assert judge({2: 1.9001, 4: 1.9, 8: 1e6}).pick == 4
+
+
+def test_one_se_takes_the_smallest_that_cannot_be_told_apart():
+    curve = {2: 2.02, 4: 2.002, 8: 2.001, 16: 2.0, 32: 2.0005}
+    held = held_out(400)
+    fuzzy, sharp = (
+        judge(curve, rule="one_se", noise=0.05, held=held),
+        judge(curve, rule="one_se", noise=0.005, held=held),
+    )
+    assert fuzzy.at(4).se > 0.002
+    assert (fuzzy.pick, fuzzy.best) == (4, 16)
+    assert sharp.at(8).se < 0.001
+    assert (sharp.pick, sharp.best) == (16, 16)
+    assert judge(curve, rule="argmin", noise=0.05, held=held).pick == 16
+
+
+def test_linear_penalty_takes_parameters_bytes_or_what_the_user_says():
+    """In nats, whatever the gain: the classical L + λ·p."""
+    curve = {2: 2.2, 4: 2.1, 8: 2.05, 16: 2.04}
+    parameters, base_parameters = {r: r * 50_000 for r in curve}, 10_000_000
+    share = linear_penalty(1.0, lambda r: parameters[r] / base_parameters)  # .01 at rank 2 … .08 at rank 16
+    assert judge(curve, share).pick == 8
+    assert [p.penalty for p in judge(curve, share).points] == pytest.approx([0.01, 0.02, 0.04, 0.08])
+    per_byte = linear_penalty(1.0 / base_parameters / 2, lambda r: 2 * parameters[r])
+    assert [p.penalty for p in judge(curve, per_byte).points] == pytest.approx([0.01, 0.02, 0.04, 0.08])
+    only_small = linear_penalty(1.0, lambda r: 0.0 if r <= 4 else math.inf)
+    assert judge(curve, only_small).pick == 4
+    assert judge(curve, share, held=held_out(base=300.0)).pick == 8
+
+
+# --- candidates that failed, and gains that are none
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+@pytest.mark.parametrize("rule", ["argmin", "one_se"])
+def test_a_diverged_candidate_is_never_picked_and_changes_nothing(lost: float, rule: str):
+    """Whether one example is lost or all are; nothing is printed either (warnings are errors here)."""
+    held = held_out()
+    plain = judge(part(GPT2_MEDIUM, GRID), rule=rule, noise=0.001, held=held)
+    for rank in (1, 12, 64):
+        one_N = trial(rank, 1.0, held).loss_N.astype(float)
+        one_N[3] = lost
+        for loss_N in (one_N, np.full(64, lost)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                measured = [
+                    *trials(part(GPT2_MEDIUM, GRID), held, noise=0.001),
+                    Trial(rank=rank, loss_N=loss_N, source="direct"),
+                ]
+                assert rule in ("argmin", "one_se")
+                verdict = Objective(penalty=FREE, rule=rule).judge(measured, held)
+            assert (verdict.pick, verdict.best, verdict.gain) == (plain.pick, plain.best, plain.gain)
+            assert [p for p in verdict.points if p.rank != rank] == list(plain.points)
+            dead = verdict.at(rank)
+            assert not dead.alive
+            assert dead.objective == math.inf
+            assert math.isnan(dead.se)
+
+
+def test_when_all_diverged_that_is_an_error():
+    held = held_out()
+    dead = [Trial(rank=r, loss_N=np.full(64, x), source="direct") for r, x in ((2, math.nan), (4, math.inf))]
+    with pytest.raises(RankraceError, match="every candidate diverged"):
+        Objective(penalty=FREE, rule="argmin").judge(dead, held)
+
+
+@pytest.mark.parametrize("rule", ["argmin", "one_se"])
+def test_no_gain_takes_the_smallest_and_says_so(rule: str):
+    verdict = judge({2: 3.3, 4: 3.2, 8: 3.1}, log2_penalty(0.001), rule=rule, held=held_out(base=3.0))
+    assert verdict.gain == pytest.approx(-0.1)
+    assert (verdict.pick, verdict.best) == (2, 8)
+    assert {p.penalty for p in verdict.points} == {0.0}  # a negative gain must not pay for rank
+    look = seen(verdict, edge=verdict.edge)
+    assert "no rank lowered the validation loss, so the smallest, 2, was taken;" in sentence(look)
+    assert not is_confident(look)
+
+
+@pytest.mark.parametrize(
+    ("curve", "edge"),
+    [
+        ({2: 1.0, 4: 1.1, 8: 1.2}, "low"),
+        ({2: 1.2, 4: 1.0, 8: 1.1}, None),
+        ({2: 1.2, 4: 1.1, 8: 1.0}, "high"),
+        ({2: math.nan, 4: 1.0, 8: 1.1}, "low"),
+        ({2: 1.2, 4: 1.0, 8: math.nan}, "high"),
+        ({8: 1.0}, "low"),
+    ],
+)
+def test_a_pick_at_the_edge_is_said_to_be_one(curve: dict[int, float], edge: Edge):
+    assert judge(curve).edge == edge
+
+
+# --- few held-out examples
+
+
+@pytest.mark.parametrize("rule", ["argmin", "one_se"])
+@pytest.mark.parametrize("examples", [1, 8, 64])
+def test_few_examples_give_honest_errors_and_no_crash(examples: int, rule: str):
+    held = held_out(examples)
+    verdict = judge(part(GPT2_MEDIUM, GRID), log2_penalty(0.001), rule=rule, noise=0.02, held=held)
+    others = [p.se for p in verdict.points if p.rank != verdict.best]
+    look = seen(verdict, edge=verdict.edge)
+    if examples == 1:
+        assert all(math.isnan(se) for se in others)
+        assert verdict.pick == verdict.best
+        assert not is_confident(look)
+        assert "(error unknown)" in sentence(look)
+        assert "nan" not in sentence(look)
+    else:
+        # √2·.02/√N, as far as so few can tell.
+        assert others == pytest.approx([0.02 * math.sqrt(2 / examples)] * 4, rel=0.8)
+
+
+def test_the_standard_error_shrinks_with_the_root_of_the_number_of_examples():
+    se = {n: judge({2: 2.1, 4: 2.0}, noise=0.1, held=held_out(n)).at(2).se for n in (64, 6400)}
+    assert se[64] / se[6400] == pytest.approx(10, rel=0.25)
+
+
+# --- what was measured on real tasks, as documentation of the defaults
+
+
+def picks(curve: dict[int, float], kappa: float, noise: float, base: float) -> tuple[int, int]:
+    held = held_out(400, base=base)
+    verdicts = [judge(curve, log2_penalty(kappa), rule=r, noise=noise, held=held) for r in ("argmin", "one_se")]
+    return verdicts[0].pick, verdicts[1].pick
+
+
+def test_the_default_on_gsm8k():
+    """κ = .001 of a gain of .8 nats: a doubling has to buy .0008. Paired errors from .0003 to .0013."""
+    low, high = 0.0003 / math.sqrt(2 / 400), 0.0013 / math.sqrt(2 / 400)
+    assert picks(GSM8K_DIRECT[1.0], 0.001, low, GSM8K_BASE) == (64, 32)
+    assert picks(GSM8K_DIRECT[1.0], 0.001, high, GSM8K_BASE) == (64, 16)
+    assert picks(GSM8K_TRUNCATED[1.0], 0.001, low, GSM8K_BASE) == (64, 64)
+    assert picks(GSM8K_TRUNCATED[1.0], 0.001, high, GSM8K_BASE) == (64, 32)
+
+
+def test_the_default_on_squad_pays_for_the_format():
+    """Truncated from 64 at the end, and the base. Of the 3.72 nats that adapters gain, every rank gets all but
+    .03, so κ = .001 asks .0037 of a doubling: rank 4 is taken where 8 is better by .0039 nats."""
+    curve = {2: 0.4498, 4: 0.4272, 8: 0.4233, 64: 0.4235}
+    assert picks(curve, 0.001, 0.01, 4.14) == (8, 4)
+    assert picks(curve, 0.0, 0.001, 4.14) == (8, 8)
+    assert picks(curve, 0.01, 0.001, 4.14)[0] == 2
+
+
+# --- in words
+
+
+def seen(verdict: Verdict, *, edge: Edge = None, capped: bool = False) -> Look:
+    return Look(step=20, verdict=verdict, action=Train(), final=True, edge=edge, capped=capped, reason="so it was")
+
+
+def sentence(look: Look, *, share: float = 0.2, examples: int = 64) -> str:
+    text = reason(look, share=share, examples=examples)
+    assert text.endswith(": so it was.")
+    assert "  " not in text
+    return text
+
+
+def test_the_sentence_of_a_plain_best():
+    verdict = judge({4: 2.1, 8: 2.0, 16: 2.05})
+    assert sentence(seen(verdict)) == (
+        "rank 8 has the lowest loss plus penalty (2.0000 nats per token); rank 4 is 0.1000 ± 0.0000 behind; "
+        "measured on 64 held-out examples after 20% of the training: so it was."
+    )
+
+
+def test_the_sentence_of_a_smaller_rank_within_the_error():
+    held = held_out(400)
+    verdict = judge({1: 2.2, 4: 2.002, 16: 2.0}, rule="one_se", noise=0.05, held=held)
+    assert (verdict.pick, verdict.best) == (4, 16)
+    errors = {r: f"{verdict.at(r).se:.4f}" for r in (1, 4)}
+    assert sentence(seen(verdict), share=0.025, examples=400) == (
+        "rank 4 is the smallest measured within one standard error of the best, rank 16: "
+        f"0.0020 ± {errors[4]} nats per token behind; rank 1 is 0.2000 ± {errors[1]} behind; "
+        "measured on 400 held-out examples after 2.5% of the training: so it was."
+    )
+
+
+def test_the_sentence_of_the_smallest_rank_names_no_smaller_one():
+    verdict = judge({1: 2.0, 2: 2.1})
+    assert sentence(seen(verdict), examples=1) == (
+        "rank 1 has the lowest loss plus penalty (2.0000 nats per token); "
+        "measured on 1 held-out example after 20% of the training: so it was."
+    )
+
+
+def test_the_sentence_without_any_gain():
+    verdict = judge({1: 3.1, 2: 3.2})
+    assert sentence(seen(verdict)) == (
+        "no rank lowered the validation loss, so the smallest, 1, was taken; "
+        "measured on 64 held-out examples after 20% of the training: so it was."
+    )
+
+
+def test_the_smaller_rank_that_is_named_is_clearly_smaller():
+    """Rank 11 next to 12 says nothing; a diverged one neither."""
+    verdict = judge({4: 2.2, 8: math.nan, 10: 2.02, 11: 2.01, 12: 2.0, 16: 2.1})
+    assert "; rank 4 is 0.2000" in sentence(seen(verdict))
+
+
+def test_confidence():
+    """Settled, well inside the range, and a clearly smaller rank worse by two standard errors."""
+    held = held_out(400)
+    inside = {4: 2.02, 7: 2.0021, 8: 2.0, 16: 2.1}
+    sure = judge(inside, noise=0.05, held=held)  # rank 4: .02 behind, error .0035
+    assert sure.pick == 8
+    assert is_confident(seen(sure))  # though 7 is within the error: next-door integers always are
+    assert not is_confident(seen(sure, capped=True))
+    assert not is_confident(seen(sure, edge="high"))
+    assert not is_confident(seen(sure, edge="low"))
+    unsure = judge(inside, noise=0.25, held=held)  # error .018
+    assert unsure.pick == 8
+    assert not is_confident(seen(unsure))
+    # The same figures from 7 documents: their standard error is too rough.
+    few = held_out(400, clusters=7)
+    assert not is_confident(seen(judge(inside, noise=0.0, held=few)))
+    assert is_confident(seen(judge(inside, noise=0.0, held=held_out(400, clusters=8))))
+    # All smaller ones diverged: nothing to compare with.
+    assert not is_confident(seen(judge({4: math.nan, 8: 2.0, 16: 2.1}, noise=0.05, held=held)))
+    # Next to the upper edge.
+    assert not is_confident(seen(judge({4: 2.1, 14: 2.0, 16: 2.1}, held=held)))
