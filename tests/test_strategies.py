@@ -159,7 +159,7 @@ def test_on_a_noisy_curve_refinement_ends_on_a_measured_rank_that_the_rule_accep
     near = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        bumps = 0.0007 * rng.normal(size=LARGEST + 1)
+        bumps = 0.0007 * rng.normal(size=WIDE + 1)
 
         def curve(rank: int, bumps: np.ndarray = bumps) -> float:
             return 0.81 + 0.084 * rank**-1.1 + bumps[rank]
@@ -251,7 +251,6 @@ class Jump:
         return [self.of(2, 2.010 + 0.2 * self.z_N), self.of(8, 2.0 + 0.2 * self.z_N + 0.01 * self.y_N)]
 
     def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:
-        assert index == 1
         return [self.of(r, (1.999 if r == 5 else 2.5) - 0.2 * self.z_N) for r in ranks]
 
 
