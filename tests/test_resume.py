@@ -19,21 +19,23 @@ from itertools import count
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rankrace.cli import main
+from rankrace.config import RunConfig
 from rankrace.train.checkpoint import load_checkpoint, save_checkpoint
 
 STEPS, SAVE_EVERY = 24, 2
 STRATEGIES = {
     "shrink": ["--strategy", "shrink"],
     # Without refinement the winner goes on as it is: its optimiser state is cut out of that of all candidates.
-    "grid": ["--strategy", "grid", "--search-fraction", "0.3", "--no-refine"],
+    # One candidate diverges, and its state goes through checkpoints too.
+    "grid": ["--strategy", "grid", "--search-fraction", "0.3", "--no-refine", "--config", "diverging.yaml"],
 }
 LIMIT_S = 180
 
@@ -122,7 +124,7 @@ class Runs:
     def arguments(self, strategy: str, out: Path) -> list[str]:
         return [
             "train", "--model", str(self.model), "--data", str(self.data), "--out", str(out),
-            *STRATEGIES[strategy], "--ranks", "2,4,12", "--rule", "argmin", "--kappa", "0",
+            *(str(self.folder / a) if a.endswith(".yaml") else a for a in STRATEGIES[strategy]), "--ranks", "2,4,12", "--rule", "argmin", "--kappa", "0",
             "--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--batch-size", "6",
             "--micro-tokens", "24", "--validation-fraction", "0.4",
             "--lr", "1e-2", "--dropout", "0.1", "--weight-decay", "0.1",
@@ -147,17 +149,10 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("resume")
-    model, data = folder / "model", folder / "sums.jsonl"
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(model)
-    tokenizer.save_pretrained(model)
+    model, data = tiny_llama(folder / "model", smollm2), folder / "sums.jsonl"
     sums = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}"} for a in range(8) for b in range(8)]
     data.write_text("\n".join(map(json.dumps, sums)), encoding="utf-8")
+    (folder / "diverging.yaml").write_text("rank_lr: {2: 1e30}\n", encoding="utf-8")
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rankrace.cli", "rankrace.run"])
@@ -231,7 +226,8 @@ def test_killed_again_and_again(
     out, rng = tmp_path / "out", np.random.default_rng(7)
     arguments = [*runs.arguments(strategy, out), "--resume"]
     # The first one dies inside the search: before the decision.
-    assert runs(arguments, out, die_at=20).code == -signal.SIGKILL
+    first = runs(arguments, out, die_at=20)
+    assert first.code == -signal.SIGKILL, first.said
     assert 0 < steps_saved(out)[-1] < decided
     seen, killed = set(steps_saved(out)), 1
     for turn in count():
@@ -261,3 +257,200 @@ def test_a_kill_at_every_operation_of_a_save_leaves_a_whole_checkpoint(runs: Run
     again, new = map(int, (tmp_path / "log").read_text().split())
     assert again >= 8
     assert new >= 8
+
+
+def test_killed_while_finishing(runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path) -> None:
+    """The training is done, an adapter of an earlier attempt is there; writing the result is cut off, twice."""
+    expected = undisturbed("shrink")
+    out = as_of(expected, tmp_path / "out")
+    arguments = [*runs.arguments("shrink", out), "--resume"]
+    for die_at in (12, 30):
+        assert runs(arguments, out, die_at).code == -signal.SIGKILL
+        assert not (out / "result.json").exists()
+    assert runs(arguments, out).code == 0
+    same(out, expected)
+
+
+def printed_command(said: str) -> list[str]:
+    lines = said.splitlines()
+    assert lines[-2] == "Stopped and saved. Go on with:", said
+    command = shlex.split(lines[-1])
+    assert command[0] == "rankrace"
+    return command[1:]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ctrl_c_saves_and_prints_the_command_that_goes_on(
+    strategy: str, runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "a name with spaces"
+    stopped = runs(runs.arguments(strategy, out), out, die_at=20, by=signal.SIGINT)
+    assert stopped.code == 130
+    assert steps_saved(out)[-1] % SAVE_EVERY, "saved at a regular time only"
+    assert runs(printed_command(stopped.said), out).code == 0
+    same(out, undisturbed(strategy))
+
+
+def test_ctrl_c_while_finishing_prints_the_command_too(
+    runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = as_of(undisturbed("shrink"), tmp_path / "out")
+    stopped = runs([*runs.arguments("shrink", out), "--resume"], out, die_at=12, by=signal.SIGINT)
+    assert stopped.code == 130
+    assert not (out / "result.json").exists()
+    assert runs(printed_command(stopped.said), out).code == 0
+    same(out, undisturbed("shrink"))
+
+
+def test_ctrl_c_at_a_real_command_line(runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rankrace = [sys.executable, "-m", "rankrace.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*rankrace, *runs.arguments("shrink", out)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    limit = time.monotonic() + LIMIT_S
+    while process.poll() is None and not steps_saved(out) and time.monotonic() < limit:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 130, said
+    assert steps_saved(out)[-1] < STEPS
+    command = [*rankrace, *printed_command(said)]
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=LIMIT_S)
+    same(out, undisturbed("shrink"))
+
+
+def test_a_half_written_checkpoint_is_ignored_and_removed(
+    runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = [*runs.arguments("shrink", out), "--resume"]
+    assert runs(arguments, out, die_at=30).code == -signal.SIGKILL
+    half = out / "checkpoints" / ".step-000099.partial"
+    half.mkdir()
+    (half / "tensors.safetensors").write_bytes(b"half")
+    assert runs(arguments, out).code == 0
+    same(out, undisturbed("shrink"))
+
+
+def test_a_broken_checkpoint_is_said_and_the_one_before_it_will_do(
+    runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    expected = undisturbed("shrink")
+    out = as_of(expected, tmp_path / "out")
+    newest = out / "checkpoints" / f"step-{STEPS:06d}"
+    os.truncate(newest / "tensors.safetensors", 1000)
+    arguments = [*runs.arguments("shrink", out), "--resume"]
+    refused = runs(arguments, out)
+    assert refused.code == 2
+    assert f"error: the checkpoint {newest} cannot be read" in refused.said
+    assert "remove that folder to go on from the one before" in refused.said
+    shutil.rmtree(newest)
+    assert runs(arguments, out).code == 0
+    same(out, expected)
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, size)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut("tensors.safetensors", 0),
+        cut("tensors.safetensors", 7),
+        cut("tensors.safetensors", 90),
+        lambda folder: (folder / "tensors.safetensors").unlink(),
+        lambda folder: (folder / "tensors.safetensors").write_bytes(b"\xff" * 200),
+        cut("state.json", 0),
+        cut("state.json", 5),
+        lambda folder: (folder / "state.json").unlink(),
+        lambda folder: (folder / "state.json").write_bytes(b"\xff" * 20),
+    ],
+)
+def test_every_damage_to_a_checkpoint_gives_a_clear_error(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"x": torch.ones(3)}, {"step": step})
+    damage(tmp_path / "step-000002")
+    with pytest.raises(RankraceError, match="step-000002 cannot be read"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--seed", "5"], "seed: 0 there, 5 now"),
+        (["--strategy", "grid"], "strategy: shrink there, grid now"),
+        (["--lr", "1e-3"], "lr: 0.01 there, 0.001 now"),
+    ],
+)
+def test_a_changed_option_is_refused(
+    changed: list[str], named: str, runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = as_of(undisturbed("shrink"), tmp_path / "out")
+    before = contents(out)
+    refused = runs([*runs.arguments("shrink", out), *changed, "--resume"], out)
+    assert refused.code == 2
+    assert named in refused.said
+    assert contents(out) == before
+
+
+def test_another_run_in_the_folder_is_refused_without_resume(
+    runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = as_of(undisturbed("shrink"), tmp_path / "out")
+    before = contents(out)
+    refused = runs(runs.arguments("shrink", out), out)
+    assert refused.code == 2
+    assert "already holds a run" in refused.said
+    assert contents(out) == before
+
+
+def test_other_rows_are_refused(runs: Runs, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", shutil.copy(runs.data, tmp_path)
+    arguments = [*runs.arguments("shrink", out), "--data", data, "--resume"]
+    assert runs(arguments, out, die_at=30).code == -signal.SIGKILL
+    with open(data, "a", encoding="utf-8") as rows:
+        rows.write('\n{"prompt": "9 plus 9 is", "completion": " 18"}')
+    refused = runs(arguments, out)
+    assert refused.code == 2
+    assert "are not those that this run was started with" in refused.said
+
+
+def test_options_of_the_machine_may_change_half_way() -> None:
+    started = RunConfig(model="m", data="d", out=Path("a"), device="cuda:0", micro_tokens=64, save_every=5, seed=3)
+    plain = RunConfig(model="m", data="d", out=Path("b"), resume=True)
+    assert continued(started, plain) == started.model_copy(update={"out": Path("b"), "resume": True})
+    smaller = plain.model_copy(update={"micro_tokens": 32, "device": "cpu", "save_every": 1})
+    assert continued(started, smaller) == started.model_copy(
+        update={"out": Path("b"), "resume": True, "micro_tokens": 32, "device": "cpu", "save_every": 1}
+    )
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Every file of a folder, and when it was written."""
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(runs: Runs, undisturbed: Callable[[str], Path]) -> None:
+    out = undisturbed("shrink")
+    before = contents(out)
+    ended = runs([*runs.arguments("shrink", out), "--resume"], out)
+    assert ended.code == 0
+    assert "This run is finished" in ended.said
+    assert contents(out) == before
+
+
+def test_a_run_needs_no_main_thread() -> None:
+    """Signals are the main thread's; elsewhere a run is not interrupted, and works."""
+    asked: list[bool] = []
+
+    def body() -> None:
+        with Interrupts() as interrupts:
+            asked.append(interrupts.asked)
+
+    thread = Thread(target=body)
+    thread.start()
+    thread.join()
+    assert asked == [False]

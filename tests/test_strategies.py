@@ -121,10 +121,10 @@ def test_shrink_finds_a_planted_rank_in_log2_probes(r0: int, objective: Objectiv
     assert looks[-1].verdict.pick == r0
     assert looks[-1].action == Cut(index=0, ranks=(r0,))
     assert looks[-1].edge == ("low" if r0 == 1 else "high" if r0 == LARGEST else None)
-    probes = len(measured.asked) - 3 * len(strategy.ladder())
     # log2 of the gap below the ladder's pick and of the one above.
     on_ladder = looks[0].verdict.pick
-    assert probes <= max(0, math.log2(on_ladder) - 1) + math.log2(on_ladder)
+    probes = len(measured.asked) - 3 * len(strategy.ladder())
+    assert probes <= math.log2(max(1, on_ladder // 2)) + math.log2(on_ladder)
 
 
 @pytest.mark.parametrize("r0", range(1, LARGEST + 1))
@@ -156,7 +156,7 @@ def test_on_a_noisy_curve_refinement_ends_on_a_measured_rank_that_the_rule_accep
 
     40 curves that fall as GSM8K's do, with errors as large as the differences between its ranks.
     """
-    near = 0
+    within = []
     for seed in range(40):
         rng = np.random.default_rng(seed)
         bumps = 0.0007 * rng.normal(size=WIDE + 1)
@@ -172,8 +172,9 @@ def test_on_a_noisy_curve_refinement_ends_on_a_measured_rank_that_the_rule_accep
         assert v.at(v.pick).objective <= best.objective + v.at(v.pick).se
         assert all(p.objective > best.objective + p.se for r, p in tried.items() if r < v.pick)
         every = ONE_SE.judge(measured.truncated(0, range(1, LARGEST + 1)), measured.held)
-        near += max(v.pick, every.pick) <= 1.5 * min(v.pick, every.pick)
-    assert near >= 34
+        within.append(max(v.pick, every.pick) / min(v.pick, every.pick))
+    assert np.mean(np.array(within) <= 1.5) >= 0.7
+    assert np.mean(np.array(within) <= 2.0) >= 0.9
 
 
 def test_equal_ranks_give_the_smallest_and_no_confidence():

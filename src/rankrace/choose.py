@@ -1,6 +1,7 @@
 """Only the choice: which rank for this model and these data, without a finished adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from rankrace.data import encode_splits, make_encoder, read_splits, split_rows
 from rankrace.data.checks import check_encoded, preview_text
 from rankrace.data.encoded import Task
 from rankrace.data.sources import SourceRows
+from rankrace.errors import RankraceError
 from rankrace.progress import Progress
 from rankrace.run import alarm_if_diverged, open_session, reason_of, task_of
 from rankrace.select.objective import Point
@@ -88,19 +90,39 @@ def search(
     )
     read = split_rows(source, config)
     data = encode_splits(read, make_encoder(config, tokenizer, task, read))
-    attention, required = model.config._attn_implementation, [p.requires_grad for p in model.parameters()]
-    training = model.training
+    if data.labels is not None and len(data.labels) != model.config.num_labels:
+        raise RankraceError(
+            f"the rows have {len(data.labels)} labels ({', '.join(data.labels)}), the model {model.config.num_labels}",
+            why="its classifier has one output a label",
+            fix=f"load the model with num_labels={len(data.labels)}",
+        )
+    findings = check_encoded(data.train, data.validation, tokenizer=tokenizer, task=task,
+                             vocab_size=model.get_input_embeddings().weight.shape[0], labels=data.labels)  # fmt: skip
+    with lent(model), Progress() as progress:
+        for note in data.notes + [f"Note: {finding}" for finding in findings]:
+            progress.say(note)
+        return choose(prepare(config, data, model, task), progress)
+
+
+@contextmanager
+def lent(model: PreTrainedModel) -> Iterator[None]:
+    """The model comes back as it was, whatever happens: its modules, their modes, what is trainable, attention."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modes = {name: module.training for name, module in modules.items()}
+    trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    attention = model.config._attn_implementation
     assert attention is not None, "Transformers sets an attention implementation on every model"
-    session = prepare(config, data, model, task)
     try:
-        with Progress() as progress:
-            return choose(session, progress)
+        yield
     finally:
-        session.trainer.bank.detach()
+        for name, module in modules.items():  # from the outside in
+            parent, _, child = name.rpartition(".")
+            if name:
+                setattr(model.get_submodule(parent), child, module)
+            module.training = modes[name]
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(trainable[name])
         model.set_attn_implementation(attention)
-        model.train(training)
-        for parameter, before in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(before)
 
 
 def search_config(config: RunConfig) -> Selection:

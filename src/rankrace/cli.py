@@ -1,12 +1,16 @@
-"""The command line. Each option of `train`, `search` and `preview` is a field of RunConfig, and nothing else."""
+"""The command line. Each option of `train`, `search` and `preview` is a field of RunConfig, and nothing else.
+
+What a command finds goes to stdout, so that it can be piped; everything else goes to stderr.
+"""
 
 import inspect
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -18,13 +22,20 @@ from rankrace.errors import RankraceError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="LoRA fine-tuning in which nobody has to guess the rank.",
 )
 out = Console(highlight=False, soft_wrap=True)
 
 YAML_ONLY = {"rank_lr"}
+PANELS = {
+    "model": "What to train on what",
+    "strategy": "Which rank",
+    "target_modules": "LoRA",
+    "lr": "Optimisation",
+    "seed": "Running",
+}
+"""Headings of the help, each at the field that opens it."""
 
 
 def main() -> None:
@@ -33,16 +44,38 @@ def main() -> None:
 
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], prog_name="rankrace", standalone_mode=False)
+    except typer.TyperException as error:
+        misread = RankraceError(
+            error.format_message(),
+            why="the command line cannot be read",
+            fix="see `rankrace --help`, and `rankrace COMMAND --help` for the options of a command",
+        )
+        err.print(f"error: {misread}", markup=False)
+        sys.exit(2)
     except RankraceError as error:
         err.print(f"error: {error}", markup=False)
         sys.exit(2)
     except Interrupted as stop:
         err.print(f"Stopped and saved. Go on with:\n  {stop.resume}", markup=False)
         sys.exit(130)
-    except KeyboardInterrupt:
+    if code == 130:  # Ctrl-C as Typer reports it
         err.print("Stopped.")
-        sys.exit(130)
+    if code:
+        sys.exit(code)
+
+
+def quieten() -> None:
+    """Keeps what libraries say about themselves off the terminal, but for the progress of downloads."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def merged(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
@@ -55,9 +88,9 @@ def merged(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
     if config_file is not None:
         try:
             values = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RankraceError(
-                f"cannot read the configuration {config_file}: {error}",
+                f"cannot read the configuration {config_file}: {' '.join(str(error).split())}",
                 why="its options were to be used",
                 fix="give a YAML file with one option a line, such as `ranks: [2, 4, 8]`",
             ) from error
@@ -69,7 +102,7 @@ def merged(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
             )
         values = {str(k).replace("-", "_"): v for k, v in values.items()}
     values.update({name: value for name, value in given.items() if value is not None})
-    return checked(values)
+    return checked({name: split_list(name, value) for name, value in values.items()})
 
 
 def checked(values: dict[str, Any]) -> RunConfig:
@@ -100,7 +133,9 @@ def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:
 
     def wrapper(**given: Any) -> None:
         config_file = given.pop("config")
-        command(merged(config_file, {k: split_list(k, v) for k, v in given.items()}))
+        config = merged(config_file, given)
+        quieten()
+        command(config)
 
     parameters = [
         inspect.Parameter(
@@ -112,47 +147,58 @@ def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:
             ],
         )
     ]
+    panel = ""
     for name, info in RunConfig.model_fields.items():
+        panel = PANELS.get(name, panel)
         if name in YAML_ONLY:
             continue
         flag = "--" + name.replace("_", "-")
-        kind = flag_type(info.annotation)
-        shown = "" if info.is_required() or info.default is None else f" [default: {shown_default(info.default)}]"
-        names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-        option = typer.Option(names, help=(info.description or "") + shown, show_default=False)
-        parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-            )
+        switch = info.annotation is bool
+        option = typer.Option(
+            f"{flag}/--no-{flag[2:]}" if switch else flag,
+            help=(info.description or "") + ("" if info.is_required() else shown_default(info.default)),
+            show_default=False,
+            metavar=None if switch else shown_type(info.annotation),
+            rich_help_panel=panel,
         )
+        # Numbers pass as text: RunConfig reads those of the command line and of YAML by the same rules.
+        kind = Annotated[(bool if switch else str) | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     return wrapper
 
 
-def flag_type(annotation: Any) -> type:
-    """What the command line passes on: bool, int and float as such, everything else as text."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, types.UnionType):
-        annotation = next(a for a in get_args(annotation) if a is not type(None))
-        return flag_type(annotation)
-    if annotation in (bool, int, float):
-        return annotation
-    return str
+def shown_type(annotation: Any) -> str:
+    """What an option takes, for the help: auto|cpu, INTEGER, 2,4,8 …"""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return shown_type(inner[0])
+    if origin in (Union, types.UnionType):
+        return "|".join(shown_type(a) for a in inner if a is not type(None))
+    if origin is Literal:
+        return "|".join(inner)
+    if origin is tuple:
+        return f"{shown_type(inner[0])},…"
+    return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(annotation, "TEXT")
 
 
 def split_list(name: str, value: Any) -> Any:
-    """2,4,8 → (2, 4, 8) for the options that take several values."""
-    if name == "ranks" and value is not None:
-        return tuple(part for part in str(value).split(",") if part)
-    if name == "target_modules" and value not in (None, "all-linear"):
+    """2,4,8 → (2, 4, 8) for the options that take several values; the same text may stand in YAML."""
+    if name == "ranks" and isinstance(value, str | int):
         return tuple(part.strip() for part in str(value).split(",") if part.strip())
+    if name == "target_modules" and isinstance(value, str) and value != "all-linear":
+        return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
 
 
 def shown_default(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """For the help; nothing where it is off or depends on the run."""
+    if value is None or value is False:
+        return ""
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    return f" Default: {'on' if value is True else f'{value:g}' if isinstance(value, float) else value}."
 
 
 @app.command()
@@ -163,8 +209,10 @@ def train(config: RunConfig) -> None:
 
     result = run(config)
     a, b = result.loss, result.accuracy
-    out.print(f"\nrank {result.rank}   {result.reason}", markup=False)
-    out.print(f"loss        {a.base:.4f} → {a.final:.4f} nats per token")
+    unit = "token" if result.task == "causal" else "example"
+    out.print(f"\nrank        {result.rank}")
+    out.print(f"reason      {result.reason}", markup=False)
+    out.print(f"loss        {a.base:.4f} → {a.final:.4f} nats per {unit}")
     if b.base is not None and b.final is not None:
         out.print(f"accuracy    {b.base:.1%} → {b.final:.1%}")
     out.print(f"parameters  {result.trainable_parameters:,}")
@@ -205,6 +253,7 @@ def merge(
     """Merge an adapter into its 16-bit base model and verify the logits."""
     from rankrace.merge import merge as run
 
+    quieten()
     worst = run(adapter, out_folder, model)
     out.print(f"merged into {out_folder}; largest difference of a logit: {worst:.2g}", markup=False)
 

@@ -1,6 +1,7 @@
 """Ctrl-C as a request: the step in hand is finished and saved first."""
 
 import signal
+import threading
 from types import FrameType
 
 
@@ -19,7 +20,9 @@ class Interrupts:
         self.asked = False
 
     def __enter__(self) -> "Interrupts":
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        # Python hands signals to the main thread, and lets no other one set handlers.
+        main = threading.current_thread() is threading.main_thread()
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,8 +1,13 @@
 """The output folder: whose it is, and what may be written into it."""
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
@@ -10,6 +15,8 @@ from rankrace.result import Result, replace_text
 
 MAY_DIFFER = {"out", "resume", "device", "save_every", "micro_tokens"}
 """Options that a resumed run may change without becoming another run."""
+UNRESOLVED = (None, "auto")
+"""Values that leave the choice to the run: whatever it came to is no other option."""
 
 
 class OutputFolder:
@@ -26,42 +33,60 @@ class OutputFolder:
         self.config = root / "config.yaml"
 
     def check(self, config: RunConfig) -> Result | None:
-        """Before anything is loaded: is the folder free, or does it hold this very run?
+        """Before anything is loaded: is the folder free and writable, or does it hold this very run?
 
         Returns:
             The result, if the run to resume is already finished.
 
         Raises:
-            RankraceError: the folder holds another run, or is no folder.
+            RankraceError: the folder holds another run or what looks like one, or it cannot be written.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise RankraceError(
-                f"--out {self.root} is a file",
-                why="a run writes a folder of several files",
-                fix="choose another name for --out",
-            )
-        if not self.config.exists() and not self.result.exists():
+        self.check_writable()
+        mine = (self.config, self.result, self.report, self.adapter, self.checkpoints)
+        found = [path.name for path in mine if path.exists()]
+        if not found:
             return None
+        started = self.started()
+        if started is None:
+            raise RankraceError(
+                f"{self.root} holds {', '.join(found)}, but no config.yaml",
+                why="a run would write over it, and without that file it is no run to go on with",
+                fix="choose another --out",
+            )
         if not config.resume:
             raise RankraceError(
                 f"{self.root} already holds a run",
                 why="its adapter and report would be overwritten",
                 fix="continue it with --resume, or choose another --out",
             )
-        if self.config.exists():
-            self.compare(config)
+        self.compare(started, config)
         return Result.read(self.result) if self.result.exists() else None
 
-    def compare(self, config: RunConfig) -> None:
-        """Raises RankraceError when the run in the folder was started with other options."""
-        before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        now = config.model_dump(mode="json")
-        asked = {
+    def check_writable(self) -> None:
+        """Raises RankraceError when the folder is none, or neither it nor the one to make it in can be written."""
+        # Not Path.exists: that raises where a folder may not even be looked into.
+        existing = next(path for path in (self.root, *self.root.absolute().parents) if os.path.exists(path))
+        if not existing.is_dir():
+            raise RankraceError(
+                f"--out {self.root}: {existing} is a file",
+                why="a run writes a folder of several files",
+                fix="choose another name for --out",
+            )
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise RankraceError(
+                f"--out {self.root}: {existing} cannot be written",
+                why="the run would be lost when its first checkpoint is due",
+                fix="choose another --out, or change the folder's permissions",
+            )
+
+    def compare(self, started: RunConfig, config: RunConfig) -> None:
+        """Raises RankraceError when the run in the folder was started with other options than are given now."""
+        before, now = started.model_dump(mode="json"), config.model_dump(mode="json")
+        differing = [
             key
-            for key, value in now.items()
-            if key not in MAY_DIFFER and value != RunConfig.model_fields[key].get_default(call_default_factory=True)
-        }
-        differing = sorted(key for key in asked if key in before and before[key] != now[key])
+            for key in before
+            if key in config.model_fields_set - MAY_DIFFER and now[key] != before[key] and now[key] not in UNRESOLVED
+        ]
         if differing:
             listed = "; ".join(f"{key}: {before[key]} there, {now[key]} now" for key in differing)
             raise RankraceError(
@@ -72,13 +97,49 @@ class OutputFolder:
             )
 
     def claim(self, config: RunConfig) -> None:
-        """Makes the folder and writes the resolved configuration: from here on it is this run's."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        """Makes the folder and writes the resolved configuration: from here on it is this run's.
+
+        Raises:
+            RankraceError: it cannot be written; a folder that was not there is not there.
+        """
         settings = config.model_dump(mode="json", exclude={"resume"})
-        replace_text(self.config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        new = not self.root.exists()
+        try:
+            with writing(self.root):
+                # The configuration comes first: a folder with anything but it would be taken for another's.
+                replace_text(self.config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+                self.checkpoints.mkdir(exist_ok=True)
+        except RankraceError:
+            if new:
+                shutil.rmtree(self.root, ignore_errors=True)
+            raise
 
     def started(self) -> RunConfig | None:
-        """The resolved configuration of the run in the folder."""
+        """The resolved configuration of the run in the folder.
+
+        Raises:
+            RankraceError: there is a config.yaml, but not that of a run.
+        """
         if not self.config.exists():
             return None
-        return RunConfig.model_validate(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        try:
+            return RunConfig.model_validate(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+            raise RankraceError(
+                f"{self.config} is not the configuration of a run: {' '.join(str(error).split())}",
+                why="the folder holds something else, or a run of another version of rankrace",
+                fix="choose another --out",
+            ) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's word that a file cannot be written into an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise RankraceError(
+            f"cannot write {path}: {error.strerror or error}",
+            why="the disk is full or the folder is not writable; nothing half-written was left behind",
+            fix="free some space (or choose another --out) and run again with --resume",
+        ) from error

@@ -52,7 +52,7 @@ class Progress:
         """Whether `update` would show anything; asking costs nothing on the device."""
         if self.status is not None:
             return time.perf_counter() - self.shown > EVERY_S
-        return step == self.total or step % max(1, self.total // LINES) == 0
+        return step == self.total or step % -(-self.total // LINES) == 0
 
     def update(self, step: int, ranks: Sequence[int], losses: Sequence[float], tokens: int) -> None:
         now = time.perf_counter()

@@ -4,6 +4,7 @@ rankrace.train(RunConfig(model="HuggingFaceTB/SmolLM2-135M", data="squad_v2", ou
 """
 
 import platform
+import shlex
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from rankrace.data.checks import check_encoded
 from rankrace.data.encoded import Task
 from rankrace.errors import RankraceError
 from rankrace.interrupt import Interrupted, Interrupts
-from rankrace.output import OutputFolder
+from rankrace.output import MAY_DIFFER, OutputFolder, writing
 from rankrace.progress import Progress, peak_bytes
 from rankrace.report.card import write_card
 from rankrace.report.page import write_report
@@ -73,7 +74,7 @@ def train(config: RunConfig) -> Result:
     finished = folder.check(config)
     started = folder.started()
     if started is not None:
-        config = started.model_copy(update={"out": config.out, "save_every": config.save_every, "resume": True})
+        config = continued(started, config)
     with Progress() as progress:
         if finished is not None:
             progress.say(f"This run is finished: {folder.report}")
@@ -88,7 +89,23 @@ def train(config: RunConfig) -> Result:
             progress.say(f"Resumed after step {session.trainer.step} of {session.trainer.total}.")
         with Interrupts() as interrupts:
             drive(session, folder, clock, progress, interrupts)
-        return finish(session, tokenizer, folder, clock, progress)
+        try:
+            return finish(session, tokenizer, folder, clock, progress)
+        except KeyboardInterrupt:
+            raise Interrupted(resume_command(folder)) from None
+
+
+def continued(started: RunConfig, now: RunConfig) -> RunConfig:
+    """The run that is in the folder; of the options that may change half-way those that are given now."""
+    values = dict(now)
+    given = {key: values[key] for key in MAY_DIFFER if values[key] != RunConfig.model_fields[key].default}
+    return started.model_copy(update={**given, "out": now.out, "resume": True})
+
+
+def resume_command(folder: OutputFolder) -> str:
+    return shlex.join(
+        ["rankrace", "train", "--config", str(folder.config), "--out", str(folder.root), "--resume"]
+    )
 
 
 def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTrainedTokenizerBase, Clock]:
@@ -153,11 +170,13 @@ def drive(session: Session, folder: OutputFolder, clock: Clock, progress: Progre
             losses = loss_K.tolist()
             alarm_if_diverged(losses, trainer.step)
             progress.update(trainer.step, search.ranks, losses, trainer.tokens)
-        if trainer.step % every == 0 or interrupts.asked:
+        asked = interrupts.asked  # read once: it may change at any moment
+        if asked or trainer.step % every == 0 or trainer.step == trainer.total:
             save()
-        if interrupts.asked:
-            raise Interrupted(f"rankrace train --config {folder.config} --out {folder.root} --resume")
-    save()
+        if asked:
+            break
+    if interrupts.asked:
+        raise Interrupted(resume_command(folder))
 
 
 def alarm_if_diverged(losses: list[float], step: int) -> None:
@@ -193,6 +212,7 @@ def finish(
     began = time.perf_counter()
     final = session.trainer.measure(session.fresh)
     clock.evaluation += time.perf_counter() - began
+    alarm_if_diverged(final.mean_K.tolist(), session.trainer.step)
     result = describe(session, final, clock)
     settings = session.config.model_dump(mode="json", exclude={"resume"})
     bank = session.trainer.bank
@@ -200,8 +220,9 @@ def finish(
         save_adapter(bank, adapter_of(bank, 0), partial)
         tokenizer.save_pretrained(partial)
         write_card(result, settings, partial / "README.md")
-    write_report(result, settings, folder.report)
-    result.write(folder.result)
+    with writing(folder.root):
+        write_report(result, settings, folder.report)
+        result.write(folder.result)
     return result
 
 

@@ -62,6 +62,7 @@ class Session:
         t, c = self.trainer, self.trainer.bank.candidates
         self.search.read_losses()
         return {
+            "data": self.data.sha256,
             "step": t.step,
             "restarted_at": t.restarted_at,
             "tokens": t.tokens,
@@ -73,7 +74,17 @@ class Session:
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Continues exactly where `tensors` and `state` were taken."""
+        """Continues exactly where `tensors` and `state` were taken.
+
+        Raises:
+            RankraceError: the data are not the same any more.
+        """
+        if state["data"] != self.data.sha256:
+            raise RankraceError(
+                f"the rows of {self.config.data} are not those that this run was started with",
+                why="what was learnt so far came from other rows, and the order of the rest would be another",
+                fix="put the old rows back, or start again in another --out",
+            )
         t, bank = self.trainer, self.trainer.bank
         on_device = {n: x.to(bank.device) for n, x in tensors.items()}
         candidates = Candidates(

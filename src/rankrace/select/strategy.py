@@ -109,17 +109,16 @@ def refined(verdict: Verdict, trials: Sequence[Trial], bench: Bench, judge: Judg
 
 
 def next_probe(verdict: Verdict) -> int | None:
-    """The middle of the gap below the pick; then, if the pick is the best, of the one above."""
-    ranks = [p.rank for p in verdict.points]
-    pick = verdict.pick
-    below = max((r for r in ranks if r < pick), default=0)
-    if pick - below > 1:
-        return (below + pick) // 2
-    # Above a pick that is not the best itself lies nothing to gain: it was taken for being small.
-    above = min((r for r in ranks if r > pick), default=pick)
-    if pick == verdict.best and above - pick > 1:
-        return (pick + above) // 2
-    return None
+    """The middle of the wider gap beside the pick; None where its neighbours are measured.
+
+    The gap above counts only if the pick is the best itself: otherwise it was taken for being small.
+    """
+    ranks, pick = [p.rank for p in verdict.points], verdict.pick
+    low = max((r for r in ranks if r < pick), default=0)
+    high = min((r for r in ranks if r > pick), default=pick) if pick == verdict.best else pick
+    if pick - low >= max(2, high - pick):
+        return (low + pick) // 2
+    return (pick + high) // 2 if high - pick > 1 else None
 
 
 def holder(ranks: Sequence[int], rank: int) -> int:

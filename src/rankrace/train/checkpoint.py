@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,13 +31,18 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     with written_whole(final) as partial:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial / "tensors.safetensors")
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    for old in checkpoints(folder)[:-KEEP]:
+    killed = folder.glob(".step-*")  # what saves that did not come to their end have left
+    for old in [*checkpoints(folder)[:-KEEP], *killed]:
         shutil.rmtree(old)
     return final
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint's tensors and state, or None where there is none."""
+    """The newest checkpoint's tensors and state, or None where there is none.
+
+    Raises:
+        RankraceError: it is broken.
+    """
     found = checkpoints(folder)
     if not found:
         return None
@@ -44,7 +50,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     try:
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         return load_file(newest / "tensors.safetensors"), state
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RankraceError(
             f"the checkpoint {newest} cannot be read: {error}",
             why="the run cannot go on from it",
@@ -64,17 +70,19 @@ def written_whole(final: Path) -> Iterator[Path]:
     Raises:
         RankraceError: the disk is full or not writable; nothing of the folder is left.
     """
-    partial = final.with_name(f".{final.name}.partial")
+    partial, replaced = (final.with_name(f".{final.name}.{end}") for end in ("partial", "replaced"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         for path in [*partial.rglob("*"), partial]:
             flush(path)
         if final.exists():
-            shutil.rmtree(final)
+            os.rename(final, replaced)  # at once: a folder half removed must not bear the name
         os.rename(partial, final)
         flush(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors reports a full disk as its own error, with the system's words in it.
