@@ -48,7 +48,7 @@ class RunConfig(BaseModel):
     """Candidate ranks. shrink starts at twice the largest and may pick any integer up to the largest."""
     refine: bool = True
     """Search the integers between the grid points too."""
-    kappa: Annotated[float, Field(ge=0)] = 0.001
+    kappa: Annotated[float, Field(ge=0)] = 0.0
     """The share of the whole gain in loss that a doubling of the rank must buy."""
     rule: Literal["one_se", "argmin"] = "one_se"
     """one_se: the smallest rank whose objective is within one paired standard error of the best."""
