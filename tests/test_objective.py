@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,19 +14,21 @@ from rankrace.select.reason import is_confident, reason
 from rankrace.select.strategy import Edge, Look, Train
 
 FREE = log2_penalty(0.0)
-GRID = (2, 4, 8, 16, 32)
+Rule = Literal["argmin", "one_se"]
+RULES: tuple[Rule, ...] = ("argmin", "one_se")
+both_rules = pytest.mark.parametrize("rule", RULES)
+GRID: tuple[int, ...] = (2, 4, 8, 16, 32)
 
 
 def judge(
     curve: dict[int, float],
     penalty: Penalty = FREE,
     *,
-    rule: str = "argmin",
+    rule: Rule = "argmin",
     noise: float = 0.0,
     held: Held | None = None,
 ) -> Verdict:
     held = held or held_out()
-    assert rule in ("argmin", "one_se")
     return Objective(penalty=penalty, rule=rule).judge(trials(curve, held, noise=noise), held)
 
 
@@ -40,16 +43,16 @@ def scaled(curve: dict[int, float], factor: float) -> dict[int, float]:
 # --- the published curve
 
 
-@pytest.mark.parametrize("rule", ["argmin", "one_se"])
-def test_the_lora_papers_curve_gives_16_without_a_penalty(rule: str):
+@both_rules
+def test_the_lora_papers_curve_gives_16_without_a_penalty(rule: Rule):
     verdict = judge(GPT2_MEDIUM, rule=rule)
     assert verdict.pick == verdict.best == 16
     assert verdict.edge is None
 
 
 @pytest.mark.parametrize("kappa", [0.0, 0.001, 0.003])
-@pytest.mark.parametrize("rule", ["argmin", "one_se"])
-def test_more_or_fewer_ranks_on_the_grid_flip_nothing(kappa: float, rule: str):
+@both_rules
+def test_more_or_fewer_ranks_on_the_grid_flip_nothing(kappa: float, rule: Rule):
     """Nothing is normalised by the grid's largest rank or its size."""
     for ranks in (GRID, (*GRID, 64), (2, 8, 16, 32), (2, 8, 16, 32, 64), (16,), tuple(GPT2_MEDIUM)):
         assert judge(part(GPT2_MEDIUM, ranks), log2_penalty(kappa), rule=rule).pick == 16, ranks
@@ -66,7 +69,7 @@ def test_ranks_that_do_not_improve_the_best_never_change_the_choice():
     """300 random curves, each extended by ranks that are no better than what was there."""
     rng = np.random.default_rng(0)
     held = held_out()
-    for rule in ("argmin", "one_se"):
+    for rule in RULES:
         for _ in range(150):
             curve = dict(zip(GRID, 2.0 + np.sort(rng.exponential(0.02, 5))[::-1], strict=True))
             more = {**curve, 64: min(curve.values()) + rng.exponential(0.01)}
@@ -75,9 +78,9 @@ def test_ranks_that_do_not_improve_the_best_never_change_the_choice():
             assert picks[0] == picks[1]
 
 
-@pytest.mark.parametrize("rule", ["argmin", "one_se"])
+@both_rules
 @pytest.mark.parametrize("kappa", [0.0, 0.001, 0.01])
-def test_tenfold_units_of_loss_flip_nothing(rule: str, kappa: float):
+def test_tenfold_units_of_loss_flip_nothing(rule: Rule, kappa: float):
     rng = np.random.default_rng(1)
     for _ in range(100):
         curve = dict(zip(GRID, 2.0 + rng.exponential(0.02, 5), strict=True))
@@ -116,8 +119,8 @@ def test_standard_errors_are_paired_with_the_best():
 # --- the rules
 
 
-@pytest.mark.parametrize("rule", ["argmin", "one_se"])
-def test_ties_go_down(rule: str):
+@both_rules
+def test_ties_go_down(rule: Rule):
     curve = {2: 2.0, 4: 1.9, 8: 1.9, 16: 1.9}
     assert judge(curve, rule=rule).pick == 4
     # Sums in another order: equal up to rounding.
@@ -133,10 +136,8 @@ def test_a_candidate_that_runs_off_does_not_blur_the_others():
 def test_one_se_takes_the_smallest_that_cannot_be_told_apart():
     curve = {2: 2.02, 4: 2.002, 8: 2.001, 16: 2.0, 32: 2.0005}
     held = held_out(400)
-    fuzzy, sharp = (
-        judge(curve, rule="one_se", noise=0.05, held=held),
-        judge(curve, rule="one_se", noise=0.005, held=held),
-    )
+    fuzzy = judge(curve, rule="one_se", noise=0.05, held=held)
+    sharp = judge(curve, rule="one_se", noise=0.005, held=held)
     assert fuzzy.at(4).se > 0.002
     assert (fuzzy.pick, fuzzy.best) == (4, 16)
     assert sharp.at(8).se < 0.001
@@ -162,8 +163,8 @@ def test_linear_penalty_takes_parameters_bytes_or_what_the_user_says():
 
 
 @pytest.mark.parametrize("lost", [math.nan, math.inf])
-@pytest.mark.parametrize("rule", ["argmin", "one_se"])
-def test_a_diverged_candidate_is_never_picked_and_changes_nothing(lost: float, rule: str):
+@both_rules
+def test_a_diverged_candidate_is_never_picked_and_changes_nothing(lost: float, rule: Rule):
     """Whether one example is lost or all are; nothing is printed either (warnings are errors here)."""
     held = held_out()
     plain = judge(part(GPT2_MEDIUM, GRID), rule=rule, noise=0.001, held=held)
@@ -177,7 +178,6 @@ def test_a_diverged_candidate_is_never_picked_and_changes_nothing(lost: float, r
                     *trials(part(GPT2_MEDIUM, GRID), held, noise=0.001),
                     Trial(rank=rank, loss_N=loss_N, source="direct"),
                 ]
-                assert rule in ("argmin", "one_se")
                 verdict = Objective(penalty=FREE, rule=rule).judge(measured, held)
             assert (verdict.pick, verdict.best, verdict.gain) == (plain.pick, plain.best, plain.gain)
             assert [p for p in verdict.points if p.rank != rank] == list(plain.points)
@@ -194,8 +194,8 @@ def test_when_all_diverged_that_is_an_error():
         Objective(penalty=FREE, rule="argmin").judge(dead, held)
 
 
-@pytest.mark.parametrize("rule", ["argmin", "one_se"])
-def test_no_gain_takes_the_smallest_and_says_so(rule: str):
+@both_rules
+def test_no_gain_takes_the_smallest_and_says_so(rule: Rule):
     verdict = judge({2: 3.3, 4: 3.2, 8: 3.1}, log2_penalty(0.001), rule=rule, held=held_out(base=3.0))
     assert verdict.gain == pytest.approx(-0.1)
     assert (verdict.pick, verdict.best) == (2, 8)
@@ -223,9 +223,9 @@ def test_a_pick_at_the_edge_is_said_to_be_one(curve: dict[int, float], edge: Edg
 # --- few held-out examples
 
 
-@pytest.mark.parametrize("rule", ["argmin", "one_se"])
+@both_rules
 @pytest.mark.parametrize("examples", [1, 8, 64])
-def test_few_examples_give_honest_errors_and_no_crash(examples: int, rule: str):
+def test_few_examples_give_honest_errors_and_no_crash(examples: int, rule: Rule):
     held = held_out(examples)
     verdict = judge(part(GPT2_MEDIUM, GRID), log2_penalty(0.001), rule=rule, noise=0.02, held=held)
     others = [p.se for p in verdict.points if p.rank != verdict.best]
@@ -251,7 +251,7 @@ def test_the_standard_error_shrinks_with_the_root_of_the_number_of_examples():
 
 def picks(curve: dict[int, float], kappa: float, noise: float, base: float) -> tuple[int, int]:
     held = held_out(400, base=base)
-    verdicts = [judge(curve, log2_penalty(kappa), rule=r, noise=noise, held=held) for r in ("argmin", "one_se")]
+    verdicts = [judge(curve, log2_penalty(kappa), rule=r, noise=noise, held=held) for r in RULES]
     return verdicts[0].pick, verdicts[1].pick
 
 

@@ -62,10 +62,10 @@ def test_copies_of_an_example_in_one_document_teach_nothing():
     rng = np.random.default_rng(3)
     d_N, tokens_N, cluster_N = documents(rng, 20, 0.1)
     once = paired_difference(d_N, 0 * d_N, tokens_N, cluster_N)
-    ten = [np.repeat(x, 10) for x in (d_N, 0 * d_N, tokens_N, cluster_N)]
-    assert paired_difference(*ten) == pytest.approx(once, rel=1e-12)
+    d_N, tokens_N, cluster_N = (np.repeat(x, 10) for x in (d_N, tokens_N, cluster_N))
+    assert paired_difference(d_N, 0 * d_N, tokens_N, cluster_N) == pytest.approx(once, rel=1e-12)
     # Taken for independent, they would seem to.
-    assert paired_difference(*ten[:3], np.arange(len(ten[0])))[1] < 0.5 * once[1]
+    assert paired_difference(d_N, 0 * d_N, tokens_N, np.arange(len(d_N)))[1] < 0.5 * once[1]
 
 
 def test_the_names_and_the_order_of_documents_do_not_matter():

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from curves import GSM8K_BASE, GSM8K_DIRECT, GSM8K_TRUNCATED, Curves, held_out
 from pydantic import TypeAdapter
 
+from curves import GSM8K_BASE, GSM8K_DIRECT, GSM8K_TRUNCATED, Curves, held_out
 from rankrace.errors import RankraceError
 from rankrace.select.grid import Grid
 from rankrace.select.objective import Held, Objective, Trial, log2_penalty
@@ -47,9 +47,7 @@ def valley(r0: int) -> Curve:
 
 
 def bench(curve: Curve, *, ranks: tuple[int, ...] = (WIDE,), noise: float = 0.0) -> Curves:
-    return Curves(
-        held=held_out(400), ranks=ranks, truncation=curve, own={r: curve(r) for r in ranks}, noise=noise
-    )
+    return Curves(held=held_out(400), ranks=ranks, truncation=curve, own={r: curve(r) for r in ranks}, noise=noise)
 
 
 def run(strategy: Strategy, benches: Sequence[Bench]) -> list[Look]:

@@ -21,7 +21,7 @@ from rankrace.run import alarm_if_diverged, open_session, reason_of, task_of
 from rankrace.select.objective import Point
 from rankrace.select.reason import is_confident
 from rankrace.session import Session, prepare
-from rankrace.train.model import load_tokenizer
+from rankrace.train.model import load_tokenizer, vocabulary_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +90,15 @@ def search(
     )
     read = split_rows(source, config)
     data = encode_splits(read, make_encoder(config, tokenizer, task, read))
-    if data.labels is not None and len(data.labels) != model.config.num_labels:
+    outputs = model.config.num_labels
+    if data.labels is not None and len(data.labels) != outputs:
         raise RankraceError(
-            f"the rows have {len(data.labels)} labels ({', '.join(data.labels)}), the model {model.config.num_labels}",
+            f"the rows have {len(data.labels)} labels ({', '.join(data.labels)}), the model {outputs}",
             why="its classifier has one output a label",
             fix=f"load the model with num_labels={len(data.labels)}",
         )
     findings = check_encoded(data.train, data.validation, tokenizer=tokenizer, task=task,
-                             vocab_size=model.get_input_embeddings().weight.shape[0], labels=data.labels)  # fmt: skip
+                             vocab_size=vocabulary_size(model), labels=data.labels)  # fmt: skip
     with lent(model), Progress() as progress:
         for note in data.notes + [f"Note: {finding}" for finding in findings]:
             progress.say(note)

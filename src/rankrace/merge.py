@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rankrace.errors import RankraceError
+from rankrace.result import Result
 from rankrace.train.checkpoint import written_whole
-from rankrace.train.model import readable
+from rankrace.train.model import load_tokenizer, readable
 
 TOLERANCE = 0.05
 """Largest difference of a logit, as a share of the largest logit, that rounding to 16 bits explains."""
@@ -27,27 +30,19 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> float:
     Raises:
         RankraceError: no adapter there, the output exists, or the logits differ by more than rounding explains.
     """
-    try:
-        described = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    described = description(adapter)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RankraceError(
-            f"{adapter} is not an adapter: {error}",
-            why="a folder with adapter_config.json and adapter_model.safetensors is needed",
-            fix="give OUT/adapter of a finished run",
-        ) from error
-    if out.exists() and any(out.iterdir()):
-        raise RankraceError(
-            f"{out} is not empty",
-            why="its files would be overwritten",
+            f"{out} is not an empty folder",
+            why="what is there would be overwritten",
             fix="choose another --out",
         )
     name = model or described["base_model_name_or_path"]
     classes = described["task_type"] == "SEQ_CLS"
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-    head = next(iter(described["modules_to_save"] or []), None)
-    extra = {"num_labels": class_count(adapter, head)} if classes and head else {}
+    extra = labels(adapter, described["modules_to_save"] or []) if classes else {}
     base = readable(name, lambda: auto.from_pretrained(name, dtype=torch.float32, **extra))
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer = load_tokenizer(str(adapter))
     ids = tokenizer("Merging must change nothing but the number of files.", return_tensors="pt")["input_ids"]
     peft_model = PeftModel.from_pretrained(base, str(adapter)).eval()
     with torch.no_grad():
@@ -68,10 +63,32 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> float:
     return worst
 
 
-def class_count(adapter: Path, head: str) -> int:
-    """Rows of the saved classifier's last weight."""
-    from safetensors import safe_open
+def description(adapter: Path) -> dict[str, Any]:
+    """The adapter's own configuration; its weights are there and readable.
 
+    Raises:
+        RankraceError: the folder is not a whole adapter.
+    """
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt"):
+            return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RankraceError(
+            f"{adapter} is not an adapter: {error}",
+            why="a folder with adapter_config.json and adapter_model.safetensors is needed",
+            fix="give OUT/adapter of a finished run",
+        ) from error
+
+
+def labels(adapter: Path, heads: list[str]) -> dict[str, Any]:
+    """How many classes the saved classifier has, and their names if the run's result.json stands beside it."""
+    record = adapter.parent / "result.json"
+    if record.exists() and (names := Result.read(record).labels):
+        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        weights = [k for k in file.keys() if f".{head}." in k and k.endswith("weight")]  # noqa: SIM118
-        return file.get_slice(weights[-1]).get_shape()[0]
+        shapes = [
+            file.get_slice(key).get_shape()
+            for key in file.keys()  # noqa: SIM118
+            if key.endswith("weight") and any(f".{head}." in key for head in heads)
+        ]
+    return {"num_labels": shapes[-1][0]} if shapes else {}

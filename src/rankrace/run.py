@@ -43,7 +43,7 @@ from rankrace.select.statistics import mean_and_se
 from rankrace.session import Session, chosen_device, chosen_dtype, prepare
 from rankrace.train.checkpoint import load_checkpoint, save_checkpoint, written_whole
 from rankrace.train.loop import Measured
-from rankrace.train.model import is_encoder, load_model, load_tokenizer
+from rankrace.train.model import is_encoder, load_model, load_tokenizer, vocabulary_size
 
 SOURCES: tuple[Source, ...] = ("direct", "truncated")
 SAVES = 20
@@ -103,9 +103,7 @@ def continued(started: RunConfig, now: RunConfig) -> RunConfig:
 
 
 def resume_command(folder: OutputFolder) -> str:
-    return shlex.join(
-        ["rankrace", "train", "--config", str(folder.config), "--out", str(folder.root), "--resume"]
-    )
+    return shlex.join(["rankrace", "train", "--config", str(folder.config), "--out", str(folder.root), "--resume"])
 
 
 def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTrainedTokenizerBase, Clock]:
@@ -122,14 +120,12 @@ def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTra
     progress.phase("loading the model")
     dtype = chosen_dtype(config.dtype, device)
     model = load_model(config.model, task, data.labels, device=device, dtype=dtype, seed=config.seed)
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, torch.nn.Embedding)
     for finding in check_encoded(
         data.train,
         data.validation,
         tokenizer=tokenizer,
         task=task,
-        vocab_size=embedding.num_embeddings,
+        vocab_size=vocabulary_size(model),
         labels=data.labels,
     ):
         progress.say(f"Note: {finding}")

@@ -162,6 +162,13 @@ def first_position(model: PreTrainedModel) -> int:
     return 0
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.num_embeddings
+
+
 def is_encoder(name: str) -> bool:
     """Whether a model is made for classification (BERT and kin) rather than for generation.
 
