@@ -132,8 +132,8 @@ class Runs:
         return [
             "train", "--model", str(self.model), "--data", str(self.data), "--out", str(out), *own,
             "--ranks", "2,4,12", "--rule", "argmin", "--kappa", "0", "--validation-fraction", "0.4",
-            "--epochs", "9", "--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--batch-size", "6", "--micro-tokens", "24",
-            "--lr", "1e-2", "--dropout", "0.1", "--weight-decay", "0.1",
+            "--epochs", "9", "--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY),
+            "--batch-size", "6", "--micro-tokens", "24", "--lr", "1e-2", "--dropout", "0.1", "--weight-decay", "0.1",
         ]  # fmt: skip
 
     def begin(self, arguments: list[str], out: Path, die_at: int = 0, by: int = signal.SIGKILL) -> ForkServerProcess:

@@ -5,6 +5,7 @@ What a command finds goes to stdout, so that it can be piped; everything else go
 
 import inspect
 import sys
+import textwrap
 import types
 import warnings
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def main() -> None:
     """Errors a user can mend end with code 2 and three lines; Ctrl-C with 130 and the command to go on."""
     from rankrace.interrupt import Interrupted
 
-    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    err = Console(stderr=True, highlight=False)
+    on_one_line = not err.is_terminal
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="rankrace", standalone_mode=False)
     except typer.TyperException as error:
@@ -51,13 +53,13 @@ def main() -> None:
             why="the command line cannot be read",
             fix="see `rankrace --help`, and `rankrace COMMAND --help` for the options of a command",
         )
-        err.print(f"error: {misread}", markup=False)
+        err.print(f"error: {misread}", markup=False, soft_wrap=on_one_line)
         sys.exit(2)
     except RankraceError as error:
-        err.print(f"error: {error}", markup=False)
+        err.print(f"error: {error}", markup=False, soft_wrap=on_one_line)
         sys.exit(2)
     except Interrupted as stop:
-        err.print(f"Stopped and saved. Go on with:\n  {stop.resume}", markup=False)
+        err.print(f"Stopped and saved. Go on with:\n  {stop.resume}", markup=False, soft_wrap=True)
         sys.exit(130)
     if code == 130:  # Ctrl-C as Typer reports it
         err.print("Stopped.")
@@ -210,15 +212,23 @@ def train(config: RunConfig) -> None:
     result = run(config)
     a, b = result.loss, result.accuracy
     unit = "token" if result.task == "causal" else "example"
-    out.print(f"\nrank        {result.rank}")
-    out.print(f"reason      {result.reason}", markup=False)
-    out.print(f"loss        {a.base:.4f} → {a.final:.4f} nats per {unit}")
+    say("rank", str(result.rank))
+    say("reason", result.reason)
+    say("loss", f"{a.base:.4f} → {a.final:.4f} nats per {unit}")
     if b.base is not None and b.final is not None:
-        out.print(f"accuracy    {b.base:.1%} → {b.final:.1%}")
-    out.print(f"parameters  {result.trainable_parameters:,}")
-    out.print(f"time        {result.time.total_s:.0f} s, {result.time.search_s:.0f} s of it for the choice")
-    out.print(f"adapter     {config.out / 'adapter'}", markup=False)
-    out.print(f"report      {config.out / 'report.html'}", markup=False)
+        say("accuracy", f"{b.base:.1%} → {b.final:.1%}")
+    say("parameters", f"{result.trainable_parameters:,}")
+    say("time", f"{result.time.total_s:.0f} s, {result.time.search_s:.0f} s of it for the choice")
+    say("adapter", str(config.out / "adapter"))
+    say("report", str(config.out / "report.html"))
+
+
+def say(name: str, text: str) -> None:
+    """A line of the result; on a terminal a long one is wrapped beside its name."""
+    line = f"{name:<12}{text}"
+    if out.is_terminal:
+        line = textwrap.fill(line, out.width, subsequent_indent=" " * 12, break_on_hyphens=False)
+    out.print(line, markup=False)
 
 
 @app.command()
@@ -228,7 +238,8 @@ def search(config: RunConfig) -> None:
     from rankrace.choose import search_config
 
     chosen = search_config(config)
-    out.print(f"rank {chosen.rank}: {chosen.reason}", markup=False)
+    say("rank", str(chosen.rank))
+    say("reason", chosen.reason)
     out.print(chosen.code(), markup=False)
 
 

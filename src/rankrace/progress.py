@@ -41,7 +41,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        # On a terminal whole words are wrapped; in a file a line stays one line.
+        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
     def phase(self, text: str) -> None:
         """What is being done between steps."""

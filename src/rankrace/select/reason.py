@@ -23,7 +23,8 @@ def reason(look: Look, *, share: float, examples: int) -> str:
     if v.gain <= 0:
         words = f"no rank lowered the validation loss, so the smallest, {pick.rank}, was taken"
     elif pick.rank == best.rank:
-        words = f"rank {pick.rank} has the lowest loss plus penalty ({best.objective:.4f} nats per token)"
+        what = "loss plus penalty" if any(p.penalty for p in v.points) else "validation loss"
+        words = f"rank {pick.rank} has the lowest {what} ({best.objective:.4f} nats per token)"
     else:
         words = (
             f"rank {pick.rank} is the smallest measured within one standard error of the best, rank {best.rank}: "
