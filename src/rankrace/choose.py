@@ -16,12 +16,16 @@ from rankrace.data.checks import check_encoded, preview_text
 from rankrace.data.encoded import Task
 from rankrace.data.sources import SourceRows
 from rankrace.errors import RankraceError
+from rankrace.options import checked
 from rankrace.progress import Progress
 from rankrace.run import alarm_if_diverged, open_session, reason_of, task_of
 from rankrace.select.objective import Point
 from rankrace.select.reason import is_confident
 from rankrace.session import Session, prepare
 from rankrace.train.model import load_tokenizer, vocabulary_size
+
+NOT_OF_A_SEARCH = {"data", "out", "resume", "save_every", "device", "dtype"}
+"""Options that mean nothing where model and rows are given as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,8 @@ class Selection:
             "lora_alpha": c.lora_alpha,
             "target_modules": sorted(c.target_modules),
         }
+        if c.lora_dropout:
+            chosen["lora_dropout"] = c.lora_dropout
         if c.fan_in_fan_out:
             chosen["fan_in_fan_out"] = True
         return chosen
@@ -76,12 +82,20 @@ def search(
     Args:
         train: rows in any of the known shapes, such as {"prompt": …, "completion": …}.
         validation: held-out rows; without them a part of `train` is held out.
-        options: any field of RunConfig but model, data and out.
+        options: any field of RunConfig but those of files (data, out, resume, save_every) and of loading the
+            model (device, dtype).
 
     Raises:
         RankraceError: faults in the rows or the options.
     """
-    config = RunConfig(model=model.name_or_path or "model", data="rows", **options)
+    without_use = sorted(options.keys() & NOT_OF_A_SEARCH)
+    if without_use:
+        raise RankraceError(
+            f"search has no use for the option {without_use[0]!r}",
+            why="model and rows are in memory already, and nothing is written",
+            fix="leave it out",
+        )
+    config = checked({"model": model.name_or_path or "model", "data": "rows", **options})
     source = SourceRows(
         train=list(train),
         validation=None if validation is None else list(validation),

@@ -9,17 +9,17 @@ import textwrap
 import types
 import warnings
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
-from pydantic import ValidationError
 from rich.console import Console
 
+from rankrace._version import __version__
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
+from rankrace.options import checked
 
 app = typer.Typer(
     add_completion=False,
@@ -37,6 +37,21 @@ PANELS = {
     "seed": "Running",
 }
 """Headings of the help, each at the field that opens it."""
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        out.print(f"rankrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
 
 
 def main() -> None:
@@ -105,29 +120,6 @@ def merged(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
         values = {str(k).replace("-", "_"): v for k, v in values.items()}
     values.update({name: value for name, value in given.items() if value is not None})
     return checked({name: split_list(name, value) for name, value in values.items()})
-
-
-def checked(values: dict[str, Any]) -> RunConfig:
-    """RunConfig from plain values, with errors a user can read."""
-    unknown = [key for key in values if key not in RunConfig.model_fields]
-    if unknown:
-        near = get_close_matches(unknown[0], RunConfig.model_fields, n=1)
-        raise RankraceError(
-            f"there is no option {unknown[0]!r}",
-            why="it would be ignored in silence",
-            fix=f"did you mean {near[0]!r}?" if near else "see `rankrace train --help`",
-        )
-    try:
-        return RunConfig(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-") if first["loc"] else "configuration"
-        missing = first["type"] == "missing"
-        raise RankraceError(
-            f"--{name} is missing" if missing else f"--{name} {first.get('input')!r}: {first['msg']}",
-            why="the run cannot start without it" if missing else "the value is outside what the option takes",
-            fix=f"give --{name}; `rankrace train --help` says what it takes",
-        ) from error
 
 
 def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:

@@ -94,6 +94,10 @@ class RunConfig(BaseModel):
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute type. auto: bfloat16 on CUDA, float32 elsewhere. Factors are kept in at least float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fuse norms, rotary embeddings and activations (torch.compile). auto: on CUDA, where a long run repays it."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Launch a whole pass at once. auto: on CUDA, where launching its kernels one by one would take longer."""
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps between checkpoints. Default: a twentieth of the run."""
     resume: bool = False

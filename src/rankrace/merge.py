@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rankrace.errors import RankraceError
 from rankrace.result import Result
@@ -16,6 +16,8 @@ from rankrace.train.model import load_tokenizer, readable
 
 TOLERANCE = 0.05
 """Largest difference of a logit, as a share of the largest logit, that rounding to 16 bits explains."""
+NEEDED = {"base_model_name_or_path", "task_type", "modules_to_save"}
+"""What merging reads of an adapter's configuration."""
 
 
 def merge(adapter: Path, out: Path, model: str | None = None) -> float:
@@ -28,7 +30,8 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> float:
         The largest difference of a logit.
 
     Raises:
-        RankraceError: no adapter there, the output exists, or the logits differ by more than rounding explains.
+        RankraceError: no adapter there, it was trained on another base, the output exists, or the logits differ by
+            more than rounding explains.
     """
     described = description(adapter)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -44,7 +47,7 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> float:
     base = readable(name, lambda: auto.from_pretrained(name, dtype=torch.float32, **extra))
     tokenizer = load_tokenizer(str(adapter))
     ids = tokenizer("Merging must change nothing but the number of files.", return_tensors="pt")["input_ids"]
-    peft_model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    peft_model = attached(base, adapter, name).eval()
     with torch.no_grad():
         expected = peft_model(input_ids=ids).logits
     merged = peft_model.merge_and_unload(safe_merge=True).to(torch.bfloat16)
@@ -71,13 +74,41 @@ def description(adapter: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(adapter / "adapter_model.safetensors", framework="pt"):
-            return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            described = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            if not isinstance(described, dict) or not described.keys() >= NEEDED:
+                raise ValueError(f"adapter_config.json does not have all of {', '.join(sorted(NEEDED))}")
+            return described
     except (OSError, ValueError, SafetensorError) as error:
         raise RankraceError(
             f"{adapter} is not an adapter: {error}",
             why="a folder with adapter_config.json and adapter_model.safetensors is needed",
             fix="give OUT/adapter of a finished run",
         ) from error
+
+
+def attached(base: PreTrainedModel, adapter: Path, name: str) -> PeftModel:
+    """The base with the adapter on it.
+
+    Raises:
+        RankraceError: the adapter was trained on another base.
+    """
+    try:
+        peft_model = PeftModel.from_pretrained(base, str(adapter))
+        # PEFT passes over factors for which the base has no layer.
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            saved = set(file.keys())
+        placed = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        lost = sorted(key for key in saved ^ placed.keys() if ".lora_" in key)
+        if lost:
+            raise ValueError(f"{len(lost)} factors have no counterpart, such as {lost[0]}")
+    except (ValueError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[-1]  # of many factors that do not fit, one will do
+        raise RankraceError(
+            f"{adapter} does not fit {name}: {said.strip()}",
+            why="it was trained on a model with other layers, or with layers of other shapes",
+            fix="give the base that it was trained on with --model",
+        ) from error
+    return peft_model
 
 
 def labels(adapter: Path, heads: list[str]) -> dict[str, Any]:

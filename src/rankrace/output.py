@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from pydantic import ValidationError
 
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
+from rankrace.options import checked
 from rankrace.result import Result, replace_text
 
-MAY_DIFFER = {"out", "resume", "device", "save_every", "micro_tokens"}
+MAY_DIFFER = {"out", "resume", "device", "save_every", "micro_tokens", "compile", "cuda_graphs"}
 """Options that a resumed run may change without becoming another run."""
 UNRESOLVED = (None, "auto")
 """Values that leave the choice to the run: whatever it came to is no other option."""
@@ -123,10 +123,14 @@ class OutputFolder:
         if not self.config.exists():
             return None
         try:
-            return RunConfig.model_validate(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("it holds no options")
+            return checked(values)
+        except (OSError, ValueError, yaml.YAMLError, RankraceError) as error:
+            said = error.what if isinstance(error, RankraceError) else " ".join(str(error).split())
             raise RankraceError(
-                f"{self.config} is not the configuration of a run: {' '.join(str(error).split())}",
+                f"{self.config} is not the configuration of a run: {said}",
                 why="the folder holds something else, or a run of another version of rankrace",
                 fix="choose another --out",
             ) from error

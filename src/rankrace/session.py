@@ -18,19 +18,17 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.errors import RankraceError
+from rankrace.plan import LookPlan, resolved
 from rankrace.select.grid import Grid
-from rankrace.select.learning_rate import default_lr, lr_for, multiplier
+from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held, Objective, log2_penalty
 from rankrace.select.search import Search, SearchState, Setting
-from rankrace.select.shrink import FRACTIONS, Shrink
+from rankrace.select.shrink import Shrink
 from rankrace.select.strategy import Strategy
+from rankrace.train.compiled import compile_blocks
 from rankrace.train.loop import Measured, Recipe, Trainer
 from rankrace.train.model import PackedModel
 
-LOOK_SHARE = 0.10
-"""What the looks may cost, as a share of the training's own work."""
-LOOK_LEAST = 64
-"""Examples that a look measures at least, if there are as many."""
 FRESH_LEAST = 10
 """With fewer examples than this in each half, validation is not halved."""
 
@@ -105,7 +103,7 @@ def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task
     """Attaches the bank, checks that the model can run packed, measures the base, and readies the strategy."""
     bank = Bank(hf_model, target_modules=config.target_modules, seed=config.seed, dropout=config.dropout)
     bank.check_ranks(config.ranks)
-    config = resolved(config, hf_model, task)
+    config = resolved(config, data, bank, task)
     assert config.lr is not None
     assert config.micro_tokens is not None
     lr = config.lr
@@ -122,11 +120,14 @@ def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task
         weight_decay=config.weight_decay,
         clip=config.clip,
         seed=config.seed,
+        graphs=config.cuda_graphs == "on",
     )
+    if config.compile == "on":
+        compile_blocks(bank)
     trainer = Trainer(model, data.train.examples, recipe)
-    strategy = make_strategy(config, trainer.total, bank)
-    wanted = look_size(config, data, trainer, strategy)
-    looked, fresh, notes = divide(data.validation.examples, wanted, config.seed)
+    plan = LookPlan.of(config, data, trainer)
+    strategy = make_strategy(config, trainer.total, bank, plan)
+    looked, fresh, notes = divide(data.validation.examples, plan, config.seed)
     with bank.off():
         base_looked, base_fresh = trainer.measure(looked), trainer.measure(fresh)
     held = Held(
@@ -154,70 +155,37 @@ def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task
     )
 
 
-def make_strategy(config: RunConfig, total: int, bank: Bank) -> Strategy:
+def make_strategy(config: RunConfig, total: int, bank: Bank, plan: LookPlan) -> Strategy:
     objective = Objective(penalty=log2_penalty(config.kappa), rule=config.rule)
     ranks = tuple(sorted(set(config.ranks)))
     if config.strategy == "grid":
         at = max(1, round(config.search_fraction * total))
         return Grid(ranks=ranks, look_step=at, refine=config.refine, objective=objective)
     wide = min(2 * ranks[-1], bank.largest_rank)
-    return Shrink(total_steps=total, wide=wide, largest=ranks[-1], refine=config.refine, objective=objective)
-
-
-def resolved(config: RunConfig, model: PreTrainedModel, task: Task) -> RunConfig:
-    """The configuration with every default made explicit."""
-    width = model.config.get_text_config().hidden_size
-    return config.model_copy(
-        update={
-            "task": task,
-            "lr": config.lr or default_lr(width),
-            "micro_tokens": config.micro_tokens or default_micro_tokens(model),
-            "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
+    return Shrink(
+        total_steps=total,
+        fractions=plan.fractions,
+        wide=wide,
+        largest=ranks[-1],
+        refine=config.refine,
+        objective=objective,
     )
 
 
-def default_micro_tokens(model: PreTrainedModel) -> int:
-    """Tokens whose activations fit: 4096 on a CPU; on a GPU what 60% of the free memory holds."""
-    if model.device.type != "cuda":
-        return 4096
-    free, _ = torch.cuda.mem_get_info(model.device)
-    shape = model.config.get_text_config()
-    inner = shape.to_dict().get("intermediate_size", 4 * shape.hidden_size)
-    values = shape.num_hidden_layers * (16 * shape.hidden_size + 6 * inner)
-    tokens = int(0.6 * free / (values * model.dtype.itemsize))
-    return max(512, min(32768, tokens // 512 * 512))
-
-
-def look_size(config: RunConfig, data: Data, trainer: Trainer, strategy: Strategy) -> int:
-    """How many examples a look may measure for all looks to stay within LOOK_SHARE of the training's work.
-
-    Training costs a token two forwards (LoRA needs no gradient of the frozen weights), measuring one.
-    """
-    per_epoch = data.train.lengths.sum()
-    training = 2 * per_epoch * trainer.total / trainer.per_epoch
-    ladder = len(config.ranks) + 1
-    measurements = (len(FRACTIONS) if isinstance(strategy, Shrink) else 1) * ladder + 4
-    mean_length = float(data.validation.lengths.mean())
-    return max(LOOK_LEAST, int(LOOK_SHARE * training / measurements / mean_length))
-
-
-def divide(examples: Sequence[Encoded], wanted: int, seed: int) -> tuple[list[Encoded], list[Encoded], list[str]]:
+def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list[Encoded], list[Encoded], list[str]]:
     """Validation → examples that choose, and fresh ones that only report. Whole documents on either side."""
     groups = np.unique([e.group for e in examples])
     order = np.random.Generator(np.random.Philox(seed)).permutation(groups)
-    size = {g: 0 for g in groups}
+    members: dict[int, list[Encoded]] = {g: [] for g in groups}
     for e in examples:
-        size[e.group] += 1
-    limit, chosen, count = min(wanted, len(examples) // 2), set(), 0
+        members[e.group].append(e)
+    looked: list[Encoded] = []
+    fresh: list[Encoded] = []
     for g in order:
-        if count >= limit:
-            break
-        chosen.add(g)
-        count += size[g]
-    looked = [e for e in examples if e.group in chosen]
-    fresh = [e for e in examples if e.group not in chosen]
+        if len(looked) < min(plan.looked, len(examples) // 2):
+            looked += members[g]
+        elif len(fresh) < plan.fresh:
+            fresh += members[g]
     if min(len(looked), len(fresh)) >= FRESH_LEAST:
         return looked, fresh, []
     return list(examples), list(examples), [

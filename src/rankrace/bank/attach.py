@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from rankrace.bank.flat import Flat
 from rankrace.bank.head import BankHead
 from rankrace.bank.linear import BankLinear, BankSwitch, counter_seed, linear_shape
-from rankrace.bank.spectrum import spectrum
+from rankrace.bank.spectrum import Spectrum, spectra
 from rankrace.errors import RankraceError
 
 HEAD_NAMES = ("score", "classifier")
@@ -60,19 +60,76 @@ class Candidates:
             heads={n: tuple(p[index].clone() for p in ps) for n, ps in self.heads.items()},
         )
 
-    def truncations(self, k: int, ranks: Sequence[int], multipliers: Sequence[float]) -> "Candidates":
-        """Candidate k's update at several lower ranks: the best rank-r approximation of each layer's ΔW."""
+    def spectra(self, k: int) -> dict[str, Spectrum]:
+        """The singular values and vectors of candidate k's update in each layer."""
+        r = self.ranks[k]
+        mine = {name: (A[k, :r], B[k, :, :r]) for name, (A, B) in self.factors.items()}
+        return spectra(mine, self.multipliers[k])
+
+    def truncations(
+        self, k: int, ranks: Sequence[int], multipliers: Sequence[float], whole: Mapping[str, Spectrum] | None = None
+    ) -> "Candidates":
+        """Candidate k's update at several lower ranks: the best rank-r approximation of each layer's ΔW.
+
+        Args:
+            whole: its `spectra`, where they are known already.
+        """
         K, R = len(ranks), padded(max(ranks))
+        whole = whole or self.spectra(k)
         factors = {}
         for name, (A, B) in self.factors.items():
-            r_k = self.ranks[k]
-            whole = spectrum(A[k, :r_k], B[k, :, :r_k], self.multipliers[k])
             A_KRD, B_KDR = A.new_zeros(K, R, A.shape[2]), B.new_zeros(K, B.shape[1], R)
             for j, (r, s) in enumerate(zip(ranks, multipliers, strict=True)):
-                A_KRD[j, :r], B_KDR[j, :, :r] = whole.truncated(r, s)
+                A_KRD[j, :r], B_KDR[j, :, :r] = whole[name].truncated(r, s)
             factors[name] = (A_KRD, B_KDR)
         heads = {n: tuple(p[[k] * K].clone() for p in ps) for n, ps in self.heads.items()}
         return Candidates(ranks=tuple(ranks), multipliers=tuple(multipliers), factors=factors, heads=heads)
+
+
+class Loaded:
+    """Candidates in the memory that they are trained in: a few large pieces instead of thousands of small ones.
+
+    `candidates` holds views into `values`; `compute` is what the products use, in the model's type.
+    """
+
+    def __init__(self, candidates: Candidates, values: Flat, gradients: Flat | None, compute: Flat) -> None:
+        self.candidates, self.values, self.compute = candidates, values, compute
+        self._gradients = gradients
+        first = values.all_KP
+        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=first.dtype, device=first.device)
+        self._P_A = sum(A[0].numel() for A, _ in candidates.factors.values())
+
+    @staticmethod
+    def of(candidates: Candidates, dtype: torch.dtype, *, trainable: bool = True) -> "Loaded":
+        """A copy of these candidates, for a model of this type."""
+        values = Flat.of(candidates.tensors())
+        factors = [f"{n}.{ab}" for ab in "AB" for n in candidates.factors]
+        shapes = {name: values.views[name].shape[1:] for name in factors}
+        return Loaded(
+            candidates.with_tensors(values.views),
+            values,
+            Flat.like(values.views) if trainable else None,
+            Flat(shapes, len(candidates.ranks), dtype=dtype, device=values.all_KP.device),
+        )
+
+    @property
+    def gradients(self) -> Flat:
+        assert self._gradients is not None, "borrowed candidates are measured, not trained"
+        return self._gradients
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """A view into the values as a parameter, whose gradient is a view into the gradients."""
+        parameter = nn.Parameter(self.values.views[name])
+        if self._gradients is not None:
+            parameter.grad = self._gradients.views[name]
+        return parameter
+
+    def refresh(self) -> None:
+        """Brings what the products use up to date with the factors."""
+        values_KP, compute_KP, P_A = self.values.all_KP, self.compute.all_KP, self._P_A
+        compute_KP[:, :P_A].copy_(values_KP[:, :P_A])
+        # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
+        compute_KP[:, P_A:].copy_(values_KP[:, P_A : compute_KP.shape[1]] * self.multiplier_K[:, None])
 
 
 class Bank:
@@ -111,7 +168,6 @@ class Bank:
         for name, replacement in {**self.layers, **self.heads}.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement)
-        self.candidates = Candidates(ranks=(), multipliers=(), factors={}, heads={})
 
     def detach(self) -> None:
         """Puts the model's own modules back."""
@@ -147,53 +203,36 @@ class Bank:
 
     def load(self, candidates: Candidates) -> None:
         """Makes a copy of these the candidates; `self.candidates` then follows their training."""
-        self.values = Flat.of(candidates.tensors())
-        self.gradients = Flat.like(self.values.views)
-        self.candidates = candidates.with_tensors(self.values.views)
-        self.install()
+        self.install(Loaded.of(candidates, self.model.dtype))
 
-    def install(self) -> None:
-        """Points the layers at `self.candidates`."""
-        candidates = self.candidates
-        self.switch.active = slice(0, len(candidates.ranks))
-        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=self.dtype, device=self.device)
-        shapes = {f"{n}.{ab}": self.values.views[f"{n}.{ab}"].shape[1:] for ab in "AB" for n in self.layers}
-        K, at = len(candidates.ranks), [0, 0]
-        self.compute = Flat(shapes, K, dtype=self.model.dtype, device=self.device)
-        for name, shape in shapes.items():
-            at[name.endswith("B")] += shape.numel()
-        self.factors_end = (at[0], at[0] + at[1])
+    def install(self, loaded: "Loaded") -> None:
+        """Points the layers at these candidates."""
+        self.loaded = loaded
+        self.switch.active = slice(0, len(loaded.candidates.ranks))
         for name, layer in self.layers.items():
-            layer.A_KRD, layer.B_KDR = (self.parameter(f"{name}.{ab}") for ab in "AB")
-            layer.compute_A_KRD, layer.compute_sB_KDR = (self.compute.views[f"{name}.{ab}"] for ab in "AB")
-            layer.multiplier_K = self.multiplier_K
+            layer.A_KRD, layer.B_KDR = (loaded.parameter(f"{name}.{ab}") for ab in "AB")
+            layer.compute_A_KRD, layer.compute_sB_KDR = (loaded.compute.views[f"{name}.{ab}"] for ab in "AB")
+            layer.multiplier_K = loaded.multiplier_K
         for name, head in self.heads.items():
-            head.stacked = nn.ParameterList([self.parameter(f"{name}.{i}") for i in range(len(head.names))])
+            head.stacked = nn.ParameterList([loaded.parameter(f"{name}.{i}") for i in range(len(head.names))])
 
-    def parameter(self, name: str) -> nn.Parameter:
-        """A view into the flat values as a parameter, whose gradient is a view into the flat gradients."""
-        parameter = nn.Parameter(self.values.views[name])
-        parameter.grad = self.gradients.views[name]
-        return parameter
+    @property
+    def candidates(self) -> Candidates:
+        return self.loaded.candidates
 
     def refresh(self) -> None:
         """Brings what the products use up to date with the factors; to be called before each pass."""
-        values_KP, compute_KP = self.values.all_KP, self.compute.all_KP
-        P_A, P = self.factors_end
-        compute_KP[:, :P_A].copy_(values_KP[:, :P_A])
-        # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
-        compute_KP[:, P_A:].copy_(values_KP[:, P_A:P] * self.multiplier_K[:, None])
+        self.loaded.refresh()
 
     @contextmanager
     def borrowed(self, candidates: Candidates) -> Iterator[None]:
-        """Runs with other candidates for a while, then puts the present ones back."""
-        before = self.candidates, self.values, self.gradients
+        """Measures other candidates for a while, then puts the present ones back as they were."""
+        before = self.loaded
         try:
-            self.load(candidates)
+            self.install(Loaded.of(candidates, self.model.dtype, trainable=False))
             yield
         finally:
-            self.candidates, self.values, self.gradients = before
-            self.install()
+            self.install(before)
 
     # --- how a pass runs
 

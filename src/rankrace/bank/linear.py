@@ -4,6 +4,7 @@ Shapes: K candidates, T tokens of one packed row, D_in / D_out the base layer's 
 Activations carry the candidates outermost: [K, T, D], or any reshape of it that keeps them outermost.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,39 +56,37 @@ class BankLinear(nn.Module):
         self.compute_sB_KDR = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
         if not self.switch.enabled:
-            return y
-        K = self.switch.count
-        out_KTD = _Adapt.apply(
-            x.reshape(K, -1, self.d_in), y.reshape(K, -1, self.d_out), self.A_KRD, self.B_KDR, self
-        )
-        return out_KTD.view(y.shape)  # type: ignore[union-attr]
+            return self.base(x)
+        out_KTD = _Adapt.apply(x.reshape(self.switch.count, -1, self.d_in), self.A_KRD, self.B_KDR, self)
+        return out_KTD.view(*x.shape[:-1], self.d_out)  # type: ignore[union-attr]
 
 
 class _Adapt(torch.autograd.Function):
-    """y + s·x Aᵀ Bᵀ, with its own backward.
+    """base(x) + s·x Aᵀ Bᵀ, with its own backward.
 
-    The products run per candidate (bmm), never over a concatenation of factors, where 0·NaN would carry one
-    candidate's divergence into the others. Saved are x (shared by all layers that read it) and x Aᵀ; masks of
-    dropout are drawn again. Gradients of the factors are added to the full-precision ones at once.
+    The adapters' products run per candidate (bmm), never over a concatenation of factors, where 0·NaN would carry
+    one candidate's divergence into the others, and end in the memory of the base's product. Saved are x (shared by
+    all layers that read it) and x Aᵀ; masks of dropout are drawn again. Gradients of the factors are added to the
+    full-precision ones at once.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_KTD: Tensor, y_KTD: Tensor, A_KRD: Tensor, B_KDR: Tensor, layer: BankLinear) -> Tensor:
+    def forward(ctx: Any, x_KTD: Tensor, A_KRD: Tensor, B_KDR: Tensor, layer: BankLinear) -> Tensor:
         s = layer.switch
         active = s.active
         A, sB = layer.compute_A_KRD[active], layer.compute_sB_KDR[active]
         ctx.dropped = s.dropout > 0
         mask_TD = layer_mask(layer, x_KTD) if ctx.dropped else None
+        ctx.base, y_KTD = base_product(layer.base, x_KTD)
         h_KTR = torch.bmm(x_KTD if mask_TD is None else x_KTD * mask_TD, A.transpose(1, 2))
         ctx.save_for_backward(x_KTD, h_KTR, A, sB)
         ctx.layer, ctx.active, ctx.factors = layer, active, (A_KRD, B_KDR)
-        return torch.baddbmm(y_KTD, h_KTR, sB.transpose(1, 2))
+        return y_KTD.baddbmm_(h_KTR, sB.transpose(1, 2))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (g_KTD,) = grads
         x_KTD, h_KTR, A, sB = ctx.saved_tensors
         mask_TD = layer_mask(ctx.layer, x_KTD) if ctx.dropped else None
@@ -97,11 +96,29 @@ class _Adapt(torch.autograd.Function):
         A_grad, B_grad = (p.grad[ctx.active] for p in ctx.factors)
         A_grad.add_(torch.bmm(gh_KTR.transpose(1, 2), dropped_KTD))
         B_grad.addcmul_(torch.bmm(g_KTD.transpose(1, 2), h_KTR).to(B_grad.dtype), scale_K)
-        gx_KTD = None
-        if ctx.needs_input_grad[0]:
-            gx_KTD = torch.bmm(gh_KTR, A)
-            gx_KTD = gx_KTD if mask_TD is None else gx_KTD.mul_(mask_TD)
-        return gx_KTD, g_KTD, None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        gx_KTD = ctx.base(g_KTD)
+        if mask_TD is None:
+            gx_KTD.baddbmm_(gh_KTR, A)
+        else:
+            gx_KTD.add_(torch.bmm(gh_KTR, A).mul_(mask_TD))
+        return gx_KTD, None, None, None
+
+
+def base_product(base: nn.Module, x_KTD: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """(g ↦ the gradient of base(x) with respect to x, base(x)), both in memory that nobody else reads.
+
+    Plain layers keep nothing for it but their weight. Any other (a quantised one) brings its own autograd.
+    """
+    if type(base) is nn.Linear or type(base) is Conv1D:
+        W_OD = base.weight if type(base) is nn.Linear else base.weight.T
+        y_KTD = torch.nn.functional.linear(x_KTD, W_OD, base.bias)
+        return lambda g_KTD: g_KTD @ W_OD, y_KTD
+    with torch.enable_grad():
+        x = x_KTD.detach().requires_grad_()
+        y = base(x)
+    return lambda g_KTD: torch.autograd.grad(y, x, g_KTD)[0].clone(), y.detach().clone()
 
 
 def layer_mask(layer: BankLinear, x_KTD: Tensor) -> Tensor:

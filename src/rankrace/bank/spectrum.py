@@ -5,6 +5,7 @@ B = Q_B R_B, Aᵀ = Q_A R_A, so ΔW = Q_B (s·R_B R_Aᵀ) Q_Aᵀ, and the SVD of
 Cost O((D_in + D_out) R²) instead of O(D_in D_out min(D_in, D_out)).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,22 @@ class Spectrum:
 
 def spectrum(A_RD: Tensor, B_DR: Tensor, multiplier: float) -> Spectrum:
     """The SVD of `multiplier`·B A, computed in float64. Zero rows of A and columns of B are allowed."""
-    Q_B, R_B = torch.linalg.qr(B_DR.double())
-    Q_A, R_A = torch.linalg.qr(A_RD.double().T)
-    U, S, Vh = torch.linalg.svd(multiplier * R_B @ R_A.T)
-    return Spectrum(U_DR=Q_B @ U, S_R=S, V_DR=Q_A @ Vh.T)
+    return spectra({"": (A_RD, B_DR)}, multiplier)[""]
+
+
+def spectra(factors: Mapping[str, tuple[Tensor, Tensor]], multiplier: float) -> dict[str, Spectrum]:
+    """The same for many layers, A [R, D_in] and B [D_out, R] each; layers of one shape are taken together."""
+    by_shape: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for name, (A, B) in factors.items():
+        by_shape.setdefault((A.shape, B.shape), []).append(name)
+    found = {}
+    for names in by_shape.values():
+        Q_B, R_B = torch.linalg.qr(torch.stack([factors[n][1] for n in names]).double())
+        Q_A, R_A = torch.linalg.qr(torch.stack([factors[n][0].T for n in names]).double())
+        core_NRR = multiplier * R_B @ R_A.mT
+        # On a GPU so small an SVD is slower than on the host.
+        U, S, Vh = (t.to(core_NRR.device) for t in torch.linalg.svd(core_NRR.cpu()))
+        U_NDR, V_NDR = Q_B @ U, Q_A @ Vh.mT
+        for i, name in enumerate(names):
+            found[name] = Spectrum(U_DR=U_NDR[i], S_R=S[i], V_DR=V_NDR[i])
+    return {name: found[name] for name in factors}

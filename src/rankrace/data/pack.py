@@ -3,15 +3,63 @@
 Legend: T packed tokens, N examples of a packed row, S targets (supervised positions).
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import IntTensor, LongTensor
+from torch import IntTensor, LongTensor, Tensor
 
 from rankrace.data.encoded import Encoded, Task
+
+IGNORED = -100
+"""The target that torch's cross-entropy leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of a packed row."""
+
+    tokens: int
+    examples: int
+    longest: int
+    """Tokens of the longest example."""
+    targets: int
+
+    def holds(self, other: "Size") -> bool:
+        """Whether a row of the other size can be padded to this one."""
+        return (
+            self.tokens >= other.tokens
+            and self.examples >= other.examples + made_up(self.tokens - other.tokens, self.longest)
+            and self.longest >= other.longest
+            and self.targets >= other.targets
+        )
+
+
+def made_up(spare: int, longest: int) -> int:
+    """How many made-up examples fill that many tokens (the last one may be empty)."""
+    return spare // longest + 1
+
+
+def size_buckets(sizes: Sequence[Size], count: int) -> list[Size]:
+    """At most `count` sizes, the smaller first, such that each of these rows fits into one of them."""
+    by_tokens = sorted(sizes, key=lambda s: s.tokens)
+    edges = np.linspace(0, len(by_tokens), min(count, len(by_tokens)) + 1).round().astype(int)
+    buckets = []
+    for low, high in itertools.pairwise(edges):
+        group = by_tokens[low:high]
+        tokens, longest = -(-group[-1].tokens // 64) * 64, max(s.longest for s in group)
+        buckets.append(
+            Size(
+                tokens=tokens,
+                examples=max(s.examples + made_up(tokens - s.tokens, longest) for s in group),
+                longest=longest,
+                targets=max(s.targets for s in group),
+            )
+        )
+    return buckets
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,18 +86,53 @@ class Packed:
     token_types_T: LongTensor | None = None
     """For models such as BERT: which text of a pair each token belongs to."""
 
-    def to(self, device: torch.device | str) -> "Packed":
-        """The same row with its tensors on the device."""
+    @property
+    def size(self) -> "Size":
+        return Size(
+            tokens=self.input_ids_T.shape[0],
+            examples=len(self.lengths_N),
+            longest=self.max_seqlen,
+            targets=self.targets_S.shape[0],
+        )
+
+    def padded(self, size: "Size") -> "Packed":
+        """The same row in a fixed size: tokens of made-up examples behind its own, and targets that do not count.
+
+        Every real token sees what it saw before; a target of IGNORED has loss and gradient 0.
+        """
+        spare = size.tokens - self.size.tokens
+        fill = [size.longest] * (spare // size.longest) + [spare % size.longest]
+        ends = self.size.tokens + np.cumsum(fill)
+        empty = size.examples - len(self.lengths_N) - len(fill)
+        cu_seqlens = np.concatenate([self.cu_seqlens.numpy(), ends, [size.tokens] * empty])
+
+        def longer(values: LongTensor, length: int, filler: int = 0) -> LongTensor:
+            return _long(np.pad(values.numpy(), (0, length - len(values)), constant_values=filler))
+
         return replace(
             self,
-            input_ids_T=self.input_ids_T.to(device),
-            position_ids_T=self.position_ids_T.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            target_positions_S=self.target_positions_S.to(device),
-            targets_S=self.targets_S.to(device),
-            example_S=self.example_S.to(device),
-            token_types_T=None if self.token_types_T is None else self.token_types_T.to(device),
+            input_ids_T=longer(self.input_ids_T, size.tokens),
+            position_ids_T=longer(self.position_ids_T, size.tokens),
+            cu_seqlens=IntTensor(cu_seqlens.astype(np.int32)),
+            max_seqlen=size.longest,
+            target_positions_S=longer(self.target_positions_S, size.targets),
+            targets_S=longer(self.targets_S, size.targets, IGNORED),
+            example_S=longer(self.example_S, size.targets),
+            lengths_N=np.diff(cu_seqlens).tolist(),
+            token_types_T=None if self.token_types_T is None else longer(self.token_types_T, size.tokens),
         )
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same row with its tensors on the device."""
+        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        return list(self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
 
 def pack(

@@ -38,6 +38,10 @@ class Row:
             self.fault(f"'{column}' must be text and is {kind_of(value)}.")
         if not value.strip():
             self.fault(f"'{column}' is empty.")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a character
+            self.fault(f"'{column}' holds {value[error.start]!a}, half of a surrogate pair and no character.")
         return value
 
     def name(self, *columns: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankrace.bank import Candidates, Spectrum
 from rankrace.data.encoded import Encoded
 from rankrace.select.objective import Held, Trial
 from rankrace.select.strategy import Cut, Keep, Look, Strategy
@@ -69,6 +70,7 @@ class Search:
         self.setting = setting
         self.state = SearchState()
         self._unread: list[Tensor] = []
+        self._spectra: tuple[tuple[int, int], dict[str, Spectrum]] = ((-1, -1), {})
 
     # --- driving
 
@@ -104,6 +106,7 @@ class Search:
         self.read_losses()
         look = self.strategy.look(self.trainer.step, self.state.looks, self)
         self.apply(look)
+        self._spectra = ((-1, -1), {})
         self.state.looks.append(look)
         self.state.look_seconds += time.perf_counter() - began
 
@@ -117,10 +120,15 @@ class Search:
                 self.trainer.keep(indices)
             case Cut(index=index, ranks=ranks):
                 self.retire(running, source=running[index])
-                settings = [self.setting(r) for r in ranks]
-                cut = self.trainer.bank.candidates.truncations(index, ranks, [s.multiplier for s in settings])
-                self.trainer.start(cut, [s.lr for s in settings])
+                self.trainer.start(self.cut(index, ranks), [self.setting(r).lr for r in ranks])
                 self.state.entries += [Entry(rank=r, began=self.trainer.step) for r in ranks]
+
+    def cut(self, index: int, ranks: Sequence[int]) -> Candidates:
+        """The best approximations of one present candidate's update; within a look its spectra are kept."""
+        candidates, key = self.trainer.bank.candidates, (self.trainer.step, index)
+        if self._spectra[0] != key:
+            self._spectra = key, candidates.spectra(index)
+        return candidates.truncations(index, ranks, [self.setting(r).multiplier for r in ranks], self._spectra[1])
 
     def retire(self, entries: list[Entry], source: Entry | None = None) -> None:
         """Ends candidates. Their steps were spent on the choice, unless the winner was cut from them."""
@@ -156,7 +164,7 @@ class Search:
                    for A, B in bank.candidates.factors.values()):  # fmt: skip
             lost_N = np.full(len(self.examples), np.nan)
             return [Trial(rank=r, loss_N=lost_N, source="truncated") for r in ranks]
-        cuts = bank.candidates.truncations(index, ranks, [self.setting(r).multiplier for r in ranks])
+        cuts = self.cut(index, ranks)
         with bank.borrowed(cuts):
             loss_KN = self.trainer.measure(self.examples).loss_KN
         return [Trial(rank=r, loss_N=x, source="truncated") for r, x in zip(ranks, loss_KN, strict=True)]

@@ -13,8 +13,9 @@ from rankrace.select.strategy import Bench, Cut, Look, Train, refined
 
 STABLE_LOOKS = 3
 STABLE_RATIO = 1.33
-FRACTIONS = (0.10, 0.15, 0.20, 0.25, 0.30)
-"""Looks, as shares of the training; at the last one the choice is made, stable or not."""
+PLANS = ((0.10, 0.15, 0.20, 0.25, 0.30), (0.10, 0.20, 0.30), (0.20,))
+"""When to look, as shares of the training; at the last look the choice is made, stable or not. A short training
+affords fewer looks: each is to measure enough examples for the choice to be one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Shrink:
     wide: the rank that starts.
     largest: the largest rank that may be picked, below `wide`: near it a truncation loses nothing by
         construction, so the curve says little there.
+    fractions: one of PLANS.
     """
 
     total_steps: int
@@ -30,6 +32,7 @@ class Shrink:
     largest: int
     refine: bool
     objective: Objective
+    fractions: tuple[float, ...] = PLANS[0]
     name: str = "shrink"
 
     def start(self) -> tuple[int, ...]:
@@ -37,7 +40,7 @@ class Shrink:
 
     @property
     def look_steps(self) -> list[int]:
-        return sorted({max(1, round(f * self.total_steps)) for f in FRACTIONS})
+        return sorted({max(1, round(f * self.total_steps)) for f in self.fractions})
 
     def next_look(self, looks: Sequence[Look]) -> int | None:
         if looks and looks[-1].final:

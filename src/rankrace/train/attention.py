@@ -6,6 +6,7 @@ heads, D head width. Transformers calls an attention function with query [K, H, 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -19,44 +20,57 @@ from rankrace.errors import RankraceError
 
 NAME = "rankrace_packed"
 
-# torch 2.12 replaced varlen_attn's is_causal by window_size.
-CAUSAL: dict[str, Any] = (
-    {"window_size": (-1, 0)} if "window_size" in signature(varlen_attn).parameters else {"is_causal": True}
-)
+_PARAMETERS = signature(varlen_attn).parameters
+# What torch 2.11 does not have yet is done by hand there.
+HAS_WINDOW, HAS_GQA = "window_size" in _PARAMETERS, "enable_gqa" in _PARAMETERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where the examples lie in a packed row, and how to move them to a padded grid and back."""
 
-    cu_seqlens_KN: Tensor
-    """[K·N + 1] int32: where each example of each candidate's copy begins."""
+    cu_seqlens: Tensor
+    """[N + 1] int32: where each example begins, and the end."""
+    lengths_N: list[int]
+    tokens: int
+    """T"""
     longest: int
-    grid_NL: Tensor
-    """[N·L]: the token in each cell of the padded grid; padding cells name the example's first token."""
-    cell_T: Tensor
-    """[T]: the cell of each token."""
-    valid_NL: Tensor | None
-    """[N, L] bool; None when every example has length L."""
+    """L"""
+    candidates: int
+    """K"""
 
-    @staticmethod
-    def of(lengths: list[int], candidates: int, device: torch.device) -> "Layout":
-        T, N, L = sum(lengths), len(lengths), max(lengths)
-        length_N = torch.tensor(lengths)
+    @cached_property
+    def cu_seqlens_KN(self) -> Tensor:
+        """[K·N + 1] int32: the same for all candidates' copies, one behind the other."""
+        device, K, T = self.cu_seqlens.device, self.candidates, self.tokens
+        offsets_K1 = torch.arange(K, dtype=torch.int32, device=device)[:, None] * T
+        end = torch.full((1,), K * T, dtype=torch.int32, device=device)
+        return torch.cat([(offsets_K1 + self.cu_seqlens[:-1]).flatten(), end])
+
+    @cached_property
+    def valid_NL(self) -> Tensor:
+        """[N, L] bool: which cells of the padded grid hold a token."""
+        return torch.arange(self.longest)[None] < torch.tensor(self.lengths_N)[:, None]
+
+    @cached_property
+    def ragged_NL(self) -> Tensor | None:
+        """The same on the device; None when every example has length L."""
+        return None if bool(self.valid_NL.all()) else self.valid_NL.to(self.cu_seqlens.device)
+
+    @cached_property
+    def grid_NL(self) -> Tensor:
+        """[N·L]: the token in each cell of the padded grid; padding cells name the row's first token."""
+        length_N = torch.tensor(self.lengths_N)
         start_N = torch.cumsum(length_N, 0) - length_N
-        position_L = torch.arange(L)
-        valid_NL = position_L[None] < length_N[:, None]
-        grid_NL = torch.where(valid_NL, start_N[:, None] + position_L[None], start_N[:, None])
-        cell_T = torch.arange(N * L).view(N, L)[valid_NL]
-        starts_KN = (torch.arange(candidates)[:, None] * T + start_N[None]).flatten()
-        cu_seqlens = torch.cat([starts_KN, torch.tensor([candidates * T])]).to(torch.int32)
-        return Layout(
-            cu_seqlens_KN=cu_seqlens.to(device),
-            longest=L,
-            grid_NL=grid_NL.flatten().to(device),
-            cell_T=cell_T.to(device),
-            valid_NL=None if bool(valid_NL.all()) else valid_NL.to(device),
-        )
+        position_L = torch.arange(self.longest)
+        cells_NL = torch.where(self.valid_NL, start_N[:, None] + position_L[None], 0)
+        return cells_NL.flatten().to(self.cu_seqlens.device)
+
+    @cached_property
+    def cell_T(self) -> Tensor:
+        """[T]: the cell of each token."""
+        cells_NL = torch.arange(self.valid_NL.numel()).view_as(self.valid_NL)
+        return cells_NL[self.valid_NL].to(self.cu_seqlens.device)
 
 
 def packed_attention(
@@ -81,22 +95,33 @@ def packed_attention(
         )
     causal = bool(module.is_causal)
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and window is None:
-        return varlen(query, key, value, layout, scaling, causal), None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (window is None or HAS_WINDOW):
+        return varlen(query, key, value, layout, scaling, causal, window), None
     return padded(query, key, value, layout, scaling, causal, window), None
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, causal: bool) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
+) -> Tensor:
     """Flash attention over the boundaries; no padding at all."""
     K, H, T, D = q.shape
-    repeat = H // k.shape[1]
+    options: dict[str, Any] = {"scale": scaling}
+    if HAS_WINDOW:
+        reach = -1 if window is None else window - 1
+        options["window_size"] = (reach, 0 if causal else reach)
+    else:
+        options["is_causal"] = causal
+    if k.shape[1] != H:
+        if HAS_GQA:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
 
     def rows(x: Tensor) -> Tensor:
         return x.transpose(1, 2).reshape(K * T, -1, D)
 
-    k, v = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (k, v))
     cu, L = layout.cu_seqlens_KN, layout.longest
-    out = varlen_attn(rows(q), rows(k), rows(v), cu, cu, L, L, scale=scaling, **(CAUSAL if causal else {}))
+    out = varlen_attn(rows(q), rows(k), rows(v), cu, cu, L, L, **options)
     assert isinstance(out, Tensor)
     return out.view(K, T, H, D)
 
@@ -121,8 +146,8 @@ def padded(
         i, j = torch.arange(L, device=q.device)[:, None], torch.arange(L, device=q.device)[None]
         mask = (j > i - window) & (j <= i) if causal else (i - j).abs() < window
         mask = mask[None, None]
-    if layout.valid_NL is not None and not causal:
-        keys = layout.valid_NL.repeat(K, 1)[:, None, None]
+    if layout.ragged_NL is not None and not causal:
+        keys = layout.ragged_NL.repeat(K, 1)[:, None, None]
         mask = keys if mask is None else mask & keys
     out = scaled_dot_product_attention(
         grid(q), grid(k), grid(v),

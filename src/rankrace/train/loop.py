@@ -17,10 +17,14 @@ from torch import Tensor
 
 from rankrace.bank import Bank, Candidates
 from rankrace.data.encoded import Encoded
-from rankrace.data.pack import Batch, Packed, epoch_batches, validation_batches
+from rankrace.data.pack import Batch, Packed, Size, epoch_batches, size_buckets, validation_batches
 from rankrace.train.model import PackedModel
 from rankrace.train.optimizer import BankAdamW
+from rankrace.train.passes import Eager, Graphs
 from rankrace.train.schedule import Schedule
+
+GRAPH_SIZES = 6
+"""More sizes pad less, and cost a capture each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class Recipe:
     weight_decay: float
     clip: float
     seed: int
+    graphs: bool = False
+    """Replay training passes as CUDA graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,7 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self._epoch: tuple[int, list[Batch]] = (-1, [])
+        self.passes = Graphs(model, size_buckets(self.sizes(), GRAPH_SIZES)) if recipe.graphs else Eager(model)
 
     # --- which candidates train
 
@@ -92,8 +99,8 @@ class Trainer:
         self.lr_K = tuple(lr_K)
         self.restarted_at = self.step
         self.optimizer = BankAdamW(
-            self.bank.values,
-            self.bank.gradients,
+            self.bank.loaded.values,
+            self.bank.loaded.gradients,
             weight_decay=self.recipe.weight_decay,
             clip=self.recipe.clip,
         )
@@ -102,7 +109,7 @@ class Trainer:
         """Only these candidates go on; what they have learnt, their moments and their steps are untouched."""
         self.bank.load(self.bank.candidates.keep(indices))
         self.lr_K = tuple(self.lr_K[i] for i in indices)
-        self.optimizer = self.optimizer.keep(self.bank.values, self.bank.gradients, indices)
+        self.optimizer = self.optimizer.keep(self.bank.loaded.values, self.bank.loaded.gradients, indices)
 
     # --- training
 
@@ -120,13 +127,12 @@ class Trainer:
         rows = [self.model.pack(self.train, row) for row in batch.micros]
         # One global count, so that any split into packed rows gives the same gradient.
         supervised = sum(row.targets_S.shape[0] for row in rows)
+        share = torch.tensor(1 / supervised, dtype=self.bank.dtype, device=self.bank.device)
         loss_K = torch.zeros(K, device=self.bank.device, dtype=self.bank.dtype)
         for micro, row in enumerate(rows):
             for active in self.groups(row, K):
-                with self.bank.only(active), self.bank.training(self.step, micro):
-                    share_K = self.model.losses(row).loss_KS.sum(1) / supervised
-                    share_K.sum().backward()
-                loss_K[active] += share_K.detach()
+                with self.bank.training(self.step, micro):
+                    loss_K[active] += self.passes.run(row, active, share)
         factor = self.schedule.at(self.step, self.restarted_at)
         self.optimizer.step([lr * factor for lr in self.lr_K])
         self.step += 1
@@ -147,6 +153,21 @@ class Trainer:
                 epoch_batches(self.lengths, r.batch_size, r.micro_tokens, seed=r.seed, epoch=epoch),
             )
         return self._epoch[1][index]
+
+    def sizes(self) -> list[Size]:
+        """Of the packed rows of an epoch."""
+        causal = self.model.task == "causal"
+        targets = [int(e.supervised[1:].sum()) if causal else 1 for e in self.train]
+        rows = [row for i in range(self.per_epoch) for row in self.batch(i).micros]
+        return [
+            Size(
+                tokens=sum(self.lengths[i] for i in row),
+                examples=len(row),
+                longest=max(self.lengths[i] for i in row),
+                targets=sum(targets[i] for i in row),
+            )
+            for row in rows
+        ]
 
     # --- measuring
 

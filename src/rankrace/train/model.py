@@ -58,13 +58,14 @@ class PackedModel:
         model.set_attn_implementation(attention.NAME)
 
     def pack(self, examples: Sequence[Encoded], indices: Sequence[int]) -> Packed:
-        """These examples as one packed row on the model's device."""
+        """These examples as one packed row, on the host."""
         # Encoders read the class off the first token, causal models off the last.
         pooled = "last" if "score" in dict(self.model.named_children()) else "first"
-        return pack(examples, indices, self.task, pooled).to(self.model.device)
+        return pack(examples, indices, self.task, pooled)
 
     def losses(self, packed: Packed) -> TokenLosses:
         """One pass with the bank's active candidates (or the plain base, as one candidate)."""
+        packed = packed.to(self.model.device)
         K = self.bank.switch.count if self.bank.switch.enabled else 1
         if self.bank.switch.enabled:
             self.bank.refresh()
@@ -83,7 +84,13 @@ class PackedModel:
 
     def hidden(self, packed: Packed, K: int) -> Tensor:
         """The trunk's output [K, T, D]."""
-        layout = attention.Layout.of(packed.lengths_N, K, packed.input_ids_T.device)
+        layout = attention.Layout(
+            cu_seqlens=packed.cu_seqlens,
+            lengths_N=packed.lengths_N,
+            tokens=packed.input_ids_T.shape[0],
+            longest=packed.max_seqlen,
+            candidates=K,
+        )
         inputs: dict[str, Any] = {"input_ids": packed.input_ids_T.expand(K, -1)}
         inputs["position_ids"] = (packed.position_ids_T + self.position_offset).expand(K, -1)
         if packed.token_types_T is not None:
@@ -124,6 +131,7 @@ class PackedModel:
             RankraceError: they differ, so the model does something with positions, masks or logits that packing
                 does not reproduce.
         """
+        packed = packed.to(self.model.device)
         with self.bank.off():
             ours_S = self.losses(packed).loss_KS[0]
             self.model.set_attn_implementation("eager")

@@ -1,0 +1,36 @@
+"""Plain values, from the command line, from YAML or from Python, to a RunConfig."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from rankrace.config import RunConfig
+from rankrace.errors import RankraceError
+
+
+def checked(values: dict[str, Any]) -> RunConfig:
+    """RunConfig from plain values, with errors a user can read.
+
+    Raises:
+        RankraceError: an unknown option (with the nearest known one), or a value that it does not take.
+    """
+    unknown = [key for key in values if key not in RunConfig.model_fields]
+    if unknown:
+        near = get_close_matches(str(unknown[0]), RunConfig.model_fields, n=1)
+        raise RankraceError(
+            f"there is no option {unknown[0]!r}",
+            why="it would be ignored in silence",
+            fix=f"did you mean {near[0]!r}?" if near else "see `rankrace train --help`",
+        )
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-") if first["loc"] else "configuration"
+        missing = first["type"] == "missing"
+        raise RankraceError(
+            f"--{name} is missing" if missing else f"--{name} {first.get('input')!r}: {first['msg']}",
+            why="the run cannot start without it" if missing else "the value is outside what the option takes",
+            fix=f"give --{name}; `rankrace train --help` says what it takes",
+        ) from error

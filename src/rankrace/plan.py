@@ -1,0 +1,104 @@
+"""What a run decides before its first step: sizes, looks, how passes are launched."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from rankrace.bank import Bank
+from rankrace.config import RunConfig
+from rankrace.data import Data
+from rankrace.data.encoded import Task
+from rankrace.select.learning_rate import default_lr
+from rankrace.select.shrink import PLANS
+from rankrace.train.loop import Trainer
+
+LOOK_SHARE, FRESH_SHARE = 0.10, 0.05
+"""What the looks, and the first and last figures, may cost, as shares of the training's own work."""
+LOOK_ENOUGH, LOOK_LEAST = 64, 32
+"""Examples that a look is to measure, and that it measures however short the training is, if there are as many."""
+GPU_OPERATIONS = 4e14
+"""Matrix products a second, in bfloat16, of the usual chip."""
+LAUNCH_SECONDS = 2.5e-4
+"""What launching the kernels of one adapted layer and its surroundings takes from Python, both ways."""
+COMPILE_WORTH = 120.0
+"""Seconds of work from which 20 seconds of compiling are repaid."""
+
+
+def resolved(config: RunConfig, data: Data, bank: Bank, task: Task) -> RunConfig:
+    """The configuration with every default made explicit."""
+    model = bank.model
+    width = model.config.get_text_config().hidden_size
+    micro_tokens = config.micro_tokens or default_micro_tokens(model)
+    compile_, graphs = launching(config, data, bank, micro_tokens)
+    return config.model_copy(
+        update={
+            "task": task,
+            "lr": config.lr or default_lr(width),
+            "micro_tokens": micro_tokens,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "compile": compile_ if config.compile == "auto" else config.compile,
+            "cuda_graphs": graphs if config.cuda_graphs == "auto" else config.cuda_graphs,
+        }
+    )
+
+
+def launching(config: RunConfig, data: Data, bank: Bank, micro_tokens: int) -> tuple[str, str]:
+    """Whether compiling and CUDA graphs are worth their preparation: "on" or "off" each.
+
+    From the matrix products alone: 4 operations a token and weight, forward and backward.
+    """
+    if bank.device.type != "cuda":
+        return "off", "off"
+    weights = sum(layer.d_in * layer.d_out for layer in bank.layers.values())
+    step_tokens = float(data.train.lengths.mean()) * config.batch_size
+    products = 4 * weights * min(step_tokens, micro_tokens) / GPU_OPERATIONS
+    launches = LAUNCH_SECONDS * len(bank.layers)
+    steps = config.epochs * len(data.train) / config.batch_size
+    steps = steps if config.max_steps is None else min(steps, config.max_steps)
+    whole = steps * max(1, step_tokens / micro_tokens) * max(products, launches / 10)
+    return "on" if whole > COMPILE_WORTH else "off", "on" if products < launches else "off"
+
+
+def default_micro_tokens(model: PreTrainedModel) -> int:
+    """Tokens whose activations fit: 4096 on a CPU; on a GPU what 60% of the free memory holds."""
+    if model.device.type != "cuda":
+        return 4096
+    free, _ = torch.cuda.mem_get_info(model.device)
+    shape = model.config.get_text_config()
+    inner = shape.to_dict().get("intermediate_size", 4 * shape.hidden_size)
+    values = shape.num_hidden_layers * (16 * shape.hidden_size + 6 * inner)
+    tokens = int(0.6 * free / (values * model.dtype.itemsize))
+    return max(512, min(32768, tokens // 512 * 512))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookPlan:
+    """How much of the training's own work goes into measuring."""
+
+    fractions: tuple[float, ...]
+    """When shrink looks, as shares of the training."""
+    looked: int
+    """Examples that a look measures."""
+    fresh: int
+    """Examples that the first and last figures are measured on."""
+
+    @staticmethod
+    def of(config: RunConfig, data: Data, trainer: Trainer) -> "LookPlan":
+        """As many looks as LOOK_SHARE of the training's work pays for at LOOK_ENOUGH examples each.
+
+        Training costs a token two forwards (LoRA needs no gradient of the frozen weights), measuring one.
+        """
+        length = float(data.validation.lengths.mean())
+        training = 2 * float(data.train.lengths.sum()) * trainer.total / trainer.per_epoch / length
+        ranks = len(config.ranks) + 1
+        refinement = 4 if config.refine else 0
+        plans = PLANS if config.strategy == "shrink" else ((config.search_fraction,),)
+        affordable = [int(LOOK_SHARE * training / (len(plan) * ranks + refinement)) for plan in plans]
+        chosen = next((i for i, looked in enumerate(affordable) if looked >= LOOK_ENOUGH), len(plans) - 1)
+        return LookPlan(
+            fractions=plans[chosen],
+            looked=max(affordable[chosen], LOOK_LEAST),
+            fresh=max(int(FRESH_SHARE * training / 2), LOOK_ENOUGH),
+        )

@@ -1,0 +1,198 @@
+"""Gradient caching, measured: what a training step keeps in memory, and how large its logits get.
+
+Legend: K candidates, T tokens of a packed row, S targets in it, V vocabulary.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rankrace.bank import Bank
+from rankrace.data.encoded import Encoded
+from rankrace.data.pack import Batch
+from rankrace.train.loop import Recipe, Trainer
+from rankrace.train.model import PackedModel
+
+RANKS = (2, 4, 8, 16, 32)
+ROWS, LENGTH = 8, 128
+T = ROWS * LENGTH
+SIDE_BY_SIDE, ONE_BY_ONE = T * len(RANKS), T
+"""micro_tokens"""
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operation."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in(tuple(value.values()))
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of all storages that operations made since the meter was switched on and that are still alive.
+
+    What was there before (weights, factors, their gradients, optimiser state) does not count; a view or the
+    result of an operation in place is no new storage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: set[int] = set()
+        self.bytes = 0
+        self.peak = 0
+        self.shapes: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
+        for tensor in tensors_in(result):
+            self.shapes.add(tensor.shape)
+            storage = tensor.untyped_storage()
+            where, size = storage.data_ptr(), storage.nbytes()
+            if size and where not in given and where not in self.live:
+                self.live.add(where)
+                self.bytes += size
+                weakref.finalize(storage, self.freed, where, size)
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def freed(self, where: int, size: int) -> None:
+        self.live.remove(where)
+        self.bytes -= size
+
+
+def test_the_meter_counts_storages_once_and_while_they_live() -> None:
+    old = torch.ones(1000)
+    with Meter() as meter:
+        old.mul_(2)
+        assert meter.bytes == 0
+        a = old + 1
+        view = a.view(10, 100)[3]
+        view.add_(1)
+        assert meter.bytes == 4000
+        b = torch.cat([a, old])
+        assert meter.bytes == 12000
+        del a
+        assert meter.bytes == 12000, "a view keeps its storage"
+        del view, b
+        assert meter.bytes == 0
+        assert meter.peak == 12000
+
+
+def test_the_meter_sees_what_a_graph_keeps() -> None:
+    with Meter() as meter:
+        leaf = torch.ones(1000, requires_grad=True)
+        y = (leaf * 2).exp().sum()
+        assert meter.bytes == 8004, "the leaf, what exp keeps for its backward, and the sum"
+        assert meter.peak == 12000, "leaf, 2·leaf and exp, before the sum"
+        y.backward()
+        assert meter.bytes == 8004, "exp's result has gone, the gradient has come"
+        assert meter.peak == 12008, "leaf, exp, its gradient; and the sum and the sum's gradient, 4 bytes each"
+
+
+def test_the_meter_is_not_confused_by_memory_that_is_used_again() -> None:
+    old = torch.ones(1000)
+    places = {old.data_ptr()}
+    with Meter() as meter:
+        del old
+        for _ in range(1000):
+            new = torch.ones(1000)
+            again = new.data_ptr() in places
+            places.add(new.data_ptr())
+            assert meter.bytes == 4000
+            del new
+            assert meter.bytes == 0
+            if again:
+                return
+    pytest.fail("no address came twice, so nothing was tested")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    peak: int
+    """Bytes."""
+    shapes: set[torch.Size]
+
+
+def step(
+    ranks: tuple[int, ...], micro_tokens: int, *, vocabulary: int = 100, supervised: int = 16, chunk: int = 256,
+    layers: int = 4, train: bool = True,
+) -> Step:  # fmt: skip
+    """One optimiser step (or one measurement) on a packed row of 8 examples of 128 tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=160, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    bank = Bank(model)
+    rng = np.random.default_rng(0)
+    rows = [
+        Encoded(
+            input_ids=rng.integers(5, vocabulary, LENGTH).astype(np.int32),
+            supervised=np.arange(LENGTH) >= LENGTH - supervised,
+            label=-1,
+            group=row,
+            row=row,
+        )
+        for row in range(ROWS)
+    ]
+    recipe = Recipe(
+        epochs=1, max_steps=None, batch_size=ROWS, micro_tokens=micro_tokens, schedule="constant", warmup=0.0,
+        weight_decay=0.0, clip=1.0, seed=0,
+    )  # fmt: skip
+    trainer = Trainer(PackedModel(model, bank, "causal", chunk=chunk), rows, recipe)
+    bank.start(ranks, [1.0] * len(ranks))
+    trainer.start(bank.candidates, [1e-3] * len(ranks))
+    trainer.take_step(Batch((tuple(range(ROWS)),)))  # what is made once and kept is there now
+    with Meter() as meter:
+        if train:
+            trainer.take_step(Batch((tuple(range(ROWS)),)))
+        else:
+            trainer.measure(rows)
+    return Step(peak=meter.peak, shapes=meter.shapes)
+
+
+def test_candidates_one_after_another_need_the_memory_of_one() -> None:
+    alone = step((32,), ONE_BY_ONE)
+    in_turn = step(RANKS, ONE_BY_ONE)
+    together = step(RANKS, SIDE_BY_SIDE)
+    layers, width, float32 = 4, 64, 4
+    assert alone.peak > T * layers * 10 * width * float32, "no layer keeps less: the meter misses something"
+    assert in_turn.peak <= 1.05 * alone.peak
+    assert together.peak >= 4 * alone.peak
+
+
+def test_candidates_measured_one_after_another_need_the_memory_of_one() -> None:
+    alone = step((32,), ONE_BY_ONE, train=False)
+    assert step(RANKS, ONE_BY_ONE, train=False).peak <= 1.05 * alone.peak
+    assert step(RANKS, SIDE_BY_SIDE, train=False).peak >= 3 * alone.peak
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_no_more_logits_than_one_chunk_exist(train: bool) -> None:
+    """V = 5,000 and S = 8 × 100: all logits at once would be 16 MB, and several times as much with gradients."""
+    V, S, chunk = 5000, ROWS * 100, 96  # not a width of the model: its head's weight, transposed, is [64, V]
+
+    def run(chunk: int) -> Step:
+        return step((2, 4), 2 * T, vocabulary=V, supervised=100, chunk=chunk, layers=1, train=train)
+
+    def rows_of_logits(run: Step) -> int:
+        return max(shape.numel() // V for shape in run.shapes if shape[-1:] == (V,))
+
+    chunked, whole = run(chunk), run(2 * S)
+    assert rows_of_logits(chunked) == chunk
+    assert rows_of_logits(whole) == 2 * S, "both candidates' targets"
+    assert whole.peak > 2 * S * V * 4
+    assert chunked.peak < 0.2 * whole.peak
