@@ -11,9 +11,10 @@ from examples import examples
 from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
-from rankrace.data.pack import Batch, epoch_batches
+from rankrace.data.pack import Batch, Packed, Size, epoch_batches, made_up, size_buckets
 from rankrace.train.loop import Recipe, Trainer
 from rankrace.train.model import PackedModel
+from rankrace.train.passes import Eager
 
 RECIPE = Recipe(
     epochs=1, max_steps=None, batch_size=8, micro_tokens=10_000, schedule="constant", warmup=0.0,
@@ -136,3 +137,44 @@ def test_order_of_an_epoch_is_a_function_of_seed_and_epoch() -> None:
     assert first == epoch_batches(lengths, 8, 60, seed=1, epoch=0)
     assert first != epoch_batches(lengths, 8, 60, seed=1, epoch=1)
     assert sorted(i for b in first for row in b.micros for i in row) == list(range(50))
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *CLASSIFYING])
+def test_a_row_padded_to_a_larger_size_gives_the_same(family: str) -> None:
+    """As CUDA graphs want it: made-up examples behind the row's own, targets that do not count."""
+    model, rows = model_of(family)
+    model.bank.load(model.bank.candidates)
+    row = model.pack(rows, range(8))
+    longest, spare = row.size.longest, 2 * row.size.longest + 3
+    size = Size(
+        tokens=row.size.tokens + spare,
+        examples=8 + made_up(spare, longest),
+        longest=longest,
+        targets=row.size.targets + 7,
+    )
+    assert size.holds(row.size)
+    assert row.padded(size).size == size
+
+    def run(row: Packed) -> list[Tensor]:
+        gradients = model.bank.loaded.gradients.all_KP
+        gradients.zero_()
+        loss_K = Eager(model).run(row, slice(0, 2), torch.tensor(0.1, dtype=torch.float64))
+        return [loss_K, gradients.clone()]
+
+    for a, b in zip(run(row), run(row.padded(size)), strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_every_row_fits_into_a_bucket() -> None:
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.randint(1, 200, (300, 16), generator=rng)
+    sizes = [Size(tokens=int(n.sum()), examples=16, longest=int(n.max()), targets=int(n[0]) * 3) for n in drawn]
+    buckets = size_buckets(sizes, 6)
+    assert len(buckets) == 6
+    for size in sizes:
+        first = next(b for b in buckets if b.holds(size))
+        assert first.tokens <= buckets[-1].tokens
+    padding = sum(next(b for b in buckets if b.holds(s)).tokens for s in sizes) / sum(s.tokens for s in sizes)
+    assert padding < 1.15
+    assert size_buckets(sizes[:1], 6)[0].holds(sizes[0])

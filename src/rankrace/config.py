@@ -15,7 +15,9 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class RunConfig(BaseModel):
     """A fine-tuning run. The docstring line of each field is its help text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     # --- what to train on what
     model: str
@@ -56,7 +58,9 @@ class RunConfig(BaseModel):
     """grid decides after this share of training; shrink decides when its pick is stable, at 0.30 at the latest."""
 
     # --- LoRA
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: (
+        Literal["all-linear"] | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    ) = "all-linear"
     """all-linear (all but the output head), or name endings such as q_proj,v_proj."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """LoRA's α. The multiplier is α/r (or α/√r)."""

@@ -104,7 +104,7 @@ class Packed:
         fill = [size.longest] * (spare // size.longest) + [spare % size.longest]
         ends = self.size.tokens + np.cumsum(fill)
         empty = size.examples - len(self.lengths_N) - len(fill)
-        cu_seqlens = np.concatenate([self.cu_seqlens.numpy(), ends, [size.tokens] * empty])
+        cu_seqlens = np.concatenate([self.cu_seqlens.numpy(), ends, np.full(empty, size.tokens, dtype=np.int32)])
 
         def longer(values: LongTensor, length: int, filler: int = 0) -> LongTensor:
             return _long(np.pad(values.numpy(), (0, length - len(values)), constant_values=filler))

@@ -118,7 +118,7 @@ class Objective:
             raise RankraceError(
                 "every candidate diverged (loss is NaN or infinite)",
                 why="nothing is left to choose from",
-                fix="lower --lr, or lower --clip",
+                fix="lower --lr, or lower --clip (in another --out)",
             )
         gain = float(held.base_N.sum() / total) - min(finite)
         penalties = [self.penalty(t.rank, gain) for t in trials]

@@ -12,7 +12,7 @@ LEAST_CLUSTERS = 8
 
 
 def reason(look: Look, *, share: float, examples: int) -> str:
-    """One sentence: which rank, against what, how sure. Losses in nats per supervised token.
+    """One sentence: which rank, against what, how sure. Losses in nats per target.
 
     Args:
         share: of the training that was done.
@@ -24,11 +24,11 @@ def reason(look: Look, *, share: float, examples: int) -> str:
         words = f"no rank lowered the validation loss, so the smallest, {pick.rank}, was taken"
     elif pick.rank == best.rank:
         what = "loss plus penalty" if any(p.penalty for p in v.points) else "validation loss"
-        words = f"rank {pick.rank} has the lowest {what} ({best.objective:.4f} nats per token)"
+        words = f"rank {pick.rank} has the lowest {what} ({best.objective:.4f} nats)"
     else:
         words = (
             f"rank {pick.rank} is the smallest measured within one standard error of the best, rank {best.rank}: "
-            f"{behind(pick, best)} nats per token behind"
+            f"{behind(pick, best)} nats behind"
         )
     below = below_pick(v)
     if below is not None and v.gain > 0:

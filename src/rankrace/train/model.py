@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -224,7 +225,7 @@ def readable(name: str, load: Any) -> Any:
     """Turns Transformers' many ways of not finding a model into one clear error."""
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         local = Path(name).exists()
         raise RankraceError(
             f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]}",
