@@ -25,7 +25,7 @@ _PARAMETERS = signature(varlen_attn).parameters
 HAS_WINDOW, HAS_GQA = "window_size" in _PARAMETERS, "enable_gqa" in _PARAMETERS
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen: a compiled block would be compiled anew for every content of one
 class Layout:
     """Where the examples lie in a packed row, and how to move them to a padded grid and back."""
 

@@ -42,8 +42,7 @@ class Graphs:
     def __init__(self, model: PackedModel, sizes: Sequence[Size]) -> None:
         self.model, self.sizes = model, sizes
         self.eager = Eager(model)
-        self.stream = torch.cuda.Stream()
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool: Any = None
         self.loaded: Loaded | None = None
         self.warm: set[tuple[int, int, int]] = set()
         self.graphs: dict[tuple[int, int, int], Graph] = {}
@@ -54,6 +53,7 @@ class Graphs:
         if self.loaded is not bank.loaded:  # a graph knows its tensors by their addresses
             self.graphs.clear()
             self.warm.clear()
+            self.pool = torch.cuda.graph_pool_handle()  # the old one ended with its last graph
             self.loaded = bank.loaded
         index = next((i for i, size in enumerate(self.sizes) if size.holds(row.size)), None)
         if index is None or bank.dropout:  # dropout masks are drawn on the host
