@@ -291,7 +291,7 @@ def sentence(look: Look, *, share: float = 0.2, examples: int = 64) -> str:
 def test_the_sentence_of_a_plain_best():
     verdict = judge({4: 2.1, 8: 2.0, 16: 2.05})
     assert sentence(seen(verdict)) == (
-        "rank 8 has the lowest validation loss (2.0000 nats per token); rank 4 is 0.1000 ± 0.0000 behind; "
+        "rank 8 has the lowest validation loss (2.0000 nats); rank 4 is 0.1000 ± 0.0000 behind; "
         "measured on 64 held-out examples after 20% of the training: so it was."
     )
 
@@ -299,7 +299,7 @@ def test_the_sentence_of_a_plain_best():
 def test_the_sentence_with_a_penalty():
     verdict = judge({4: 2.1, 8: 2.0, 16: 2.05}, log2_penalty(0.001))  # G = 1 nat: .002 at 4, .003 at 8
     assert sentence(seen(verdict)).startswith(
-        "rank 8 has the lowest loss plus penalty (2.0030 nats per token); rank 4 is 0.0990 ± 0.0000 behind;"
+        "rank 8 has the lowest loss plus penalty (2.0030 nats); rank 4 is 0.0990 ± 0.0000 behind;"
     )
 
 
@@ -310,7 +310,7 @@ def test_the_sentence_of_a_smaller_rank_within_the_error():
     errors = {r: f"{verdict.at(r).se:.4f}" for r in (1, 4)}
     assert sentence(seen(verdict), share=0.025, examples=400) == (
         "rank 4 is the smallest measured within one standard error of the best, rank 16: "
-        f"0.0020 ± {errors[4]} nats per token behind; rank 1 is 0.2000 ± {errors[1]} behind; "
+        f"0.0020 ± {errors[4]} nats behind; rank 1 is 0.2000 ± {errors[1]} behind; "
         "measured on 400 held-out examples after 2.5% of the training: so it was."
     )
 
@@ -318,7 +318,7 @@ def test_the_sentence_of_a_smaller_rank_within_the_error():
 def test_the_sentence_of_the_smallest_rank_names_no_smaller_one():
     verdict = judge({1: 2.0, 2: 2.1})
     assert sentence(seen(verdict), examples=1) == (
-        "rank 1 has the lowest validation loss (2.0000 nats per token); "
+        "rank 1 has the lowest validation loss (2.0000 nats); "
         "measured on 1 held-out example after 20% of the training: so it was."
     )
 

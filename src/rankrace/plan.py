@@ -15,8 +15,8 @@ from rankrace.train.loop import Trainer
 
 LOOK_SHARE, FRESH_SHARE = 0.10, 0.05
 """What the looks, and the first and last figures, may cost, as shares of the training's own work."""
-LOOK_ENOUGH, LOOK_LEAST = 64, 32
-"""Examples that a look is to measure, and that it measures however short the training is, if there are as many."""
+LOOK_ENOUGH = 64
+"""Examples that a look measures at least, if there are as many; a short training gets fewer looks instead."""
 GPU_OPERATIONS = 4e14
 """Matrix products a second, in bfloat16, of the usual chip."""
 LAUNCH_SECONDS = 2.5e-4
@@ -99,6 +99,6 @@ class LookPlan:
         chosen = next((i for i, looked in enumerate(affordable) if looked >= LOOK_ENOUGH), len(plans) - 1)
         return LookPlan(
             fractions=plans[chosen],
-            looked=max(affordable[chosen], LOOK_LEAST),
+            looked=max(affordable[chosen], LOOK_ENOUGH),
             fresh=max(int(FRESH_SHARE * training / 2), LOOK_ENOUGH),
         )
