@@ -226,7 +226,7 @@ def hub_split(name: str, subset: str | None, split: str, revision: str | None) -
         case "openai/gsm8k", "main", None:
             row = {"answer": "1+1=<<1+1=2>>2\n#### 2"}
         case "allenai/scitldr", "Abstract", "refs/convert/parquet":
-            return datasets.Dataset.from_list([{"source": ["One.", f"{split}."], "target": ["It."]}])
+            return datasets.Dataset.from_list([{"source": ["One.", f"{split}."], "target": ["It is."]}])
         case _:
             raise AssertionError((name, subset, revision))
     return datasets.Dataset.from_list(
@@ -278,5 +278,5 @@ def test_files_laid_out_otherwise(tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     for part in ("train", "test"):
         (tmp_path / "gsm8k" / f"{part}.jsonl").write_text('{"question": "1+1?", "solution": "2"}\n')
-    with pytest.raises(RankraceError, match=r"gsm8k: the rows of .* KeyError\('answer'\)"):
+    with pytest.raises(RankraceError, match=r"gsm8k: the rows of .* as expected \(KeyError\('answer'\)\)"):
         TASKS["gsm8k"].splits(tmp_path, 0)
