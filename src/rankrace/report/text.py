@@ -76,14 +76,14 @@ def warnings(result: Result) -> list[str]:
             f"Edge of the search: {result.rank} is the largest rank there was to choose. A larger one may be "
             "better; add larger candidates with --ranks."
         )
-    if decision.edge == "low":
+    if decision.edge == "low" and result.rank > 1:
         found.append(
             f"Edge of the search: {result.rank} is the smallest rank there was to choose. A smaller one "
             "may do as well; add smaller candidates with --ranks."
         )
     if decision.capped:
         found.append(
-            f"Decided at the limit: the choice had not settled when the search ended, after "
+            f"Decided at the limit: the choice had not settled by the last look, after "
             f"{percent(decision.fraction)} of training."
         )
     if not decision.confident:
