@@ -1,10 +1,11 @@
 """Attention over packed rows: examples lie end to end, and none sees another.
 
-Shapes: K candidates, T tokens of the packed row, N examples in it, L the longest of them, H / G query / key
-heads, D head width. Transformers calls an attention function with query [K, H, T, D], key and value
+Shapes: K candidates, T tokens of the packed row, M = K·T, N examples in it, L the longest of them, H / G query /
+key heads, D head width. Transformers calls an attention function with query [K, H, T, D], key and value
 [K, G, T, D] and wants [K, T, H, D] back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -73,6 +74,17 @@ class Layout:
         return cells_NL[self.valid_NL].to(self.cu_seqlens.device)
 
 
+def attend(
+    q_MHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
+) -> Tensor:
+    """Attention among the tokens of each example: [M, H, D]."""
+    if window is not None and window >= layout.longest:
+        window = None
+    if q_MHD.is_cuda and q_MHD.dtype in (torch.bfloat16, torch.float16) and (window is None or HAS_WINDOW):
+        return varlen(q_MHD, k_MGD, v_MGD, layout, scaling, causal, window)
+    return padded(q_MHD, k_MGD, v_MGD, layout, scaling, causal, window)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -84,77 +96,77 @@ def packed_attention(
     layout: Layout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    attend: Callable[..., Tensor] = attend,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface, by sequence boundaries instead of a mask."""
+    """Transformers' attention interface, by sequence boundaries instead of a mask.
+
+    Tokens come outermost here already: where this is compiled, the rotary embedding is written in that order, and
+    no copy is left between it and the attention, in neither direction.
+    """
     if layout is None or attention_mask is not None or softcap is not None:
         raise RankraceError(
             f"{type(module).__name__} cannot run on packed rows",
             why="its attention uses a mask or a soft cap of its own, or does not pass the sequence boundaries on",
             fix="use a model whose attention goes through Transformers' attention interface",
         )
-    causal = bool(module.is_causal)
-    window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (window is None or HAS_WINDOW):
-        return varlen(query, key, value, layout, scaling, causal, window), None
-    return padded(query, key, value, layout, scaling, causal, window), None
+    K, H, T, D = query.shape
+    q_MHD, k_MGD, v_MGD = (x.transpose(1, 2).reshape(K * T, -1, D) for x in (query, key, value))
+    out_MHD = attend(q_MHD, k_MGD, v_MGD, layout, scaling, bool(module.is_causal), sliding_window)
+    return out_MHD.view(K, T, H, D), None
 
 
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
+    q_MHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
 ) -> Tensor:
     """Flash attention over the boundaries; no padding at all."""
-    K, H, T, D = q.shape
     options: dict[str, Any] = {"scale": scaling}
     if HAS_WINDOW:
         reach = -1 if window is None else window - 1
         options["window_size"] = (reach, 0 if causal else reach)
     else:
         options["is_causal"] = causal
-    if k.shape[1] != H:
+    times = q_MHD.shape[1] // k_MGD.shape[1]
+    if times > 1:
         if HAS_GQA:
             options["enable_gqa"] = True
         else:
-            k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-
-    def rows(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).reshape(K * T, -1, D)
-
+            k_MGD, v_MGD = (x.repeat_interleave(times, 1) for x in (k_MGD, v_MGD))
     cu, L = layout.cu_seqlens_KN, layout.longest
-    out = varlen_attn(rows(q), rows(k), rows(v), cu, cu, L, L, **options)
-    assert isinstance(out, Tensor)
-    return out.view(K, T, H, D)
+    out_MHD = varlen_attn(q_MHD, k_MGD, v_MGD, cu, cu, L, L, **options)
+    assert isinstance(out_MHD, Tensor)
+    return out_MHD
 
 
 def padded(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
+    q_MHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
 ) -> Tensor:
     """The exact fallback for any device and dtype: only the attention itself is padded.
 
     With the padding on the right, causality alone hides it from every real token.
     """
-    K, H, _, D = q.shape
-    L = layout.longest
+    K, L = layout.candidates, layout.longest
 
-    def grid(x: Tensor) -> Tensor:
-        heads = x.shape[1]
-        x = x.transpose(1, 2).index_select(1, layout.grid_NL)  # [K, N·L, heads, D]
+    def grid(x_MHD: Tensor) -> Tensor:
+        _, heads, D = x_MHD.shape
+        x = x_MHD.unflatten(0, (K, -1)).index_select(1, layout.grid_NL)  # [K, N·L, heads, D]
         return x.reshape(-1, L, heads, D).transpose(1, 2)
 
     mask = None
     if window is not None:
-        i, j = torch.arange(L, device=q.device)[:, None], torch.arange(L, device=q.device)[None]
+        i, j = torch.arange(L, device=q_MHD.device)[:, None], torch.arange(L, device=q_MHD.device)[None]
         mask = (j > i - window) & (j <= i) if causal else (i - j).abs() < window
         mask = mask[None, None]
     if layout.ragged_NL is not None and not causal:
         keys = layout.ragged_NL.repeat(K, 1)[:, None, None]
         mask = keys if mask is None else mask & keys
     out = scaled_dot_product_attention(
-        grid(q), grid(k), grid(v),
-        attn_mask=mask, is_causal=causal and mask is None, scale=scaling, enable_gqa=k.shape[1] != H,
+        grid(q_MHD), grid(k_MGD), grid(v_MGD),
+        attn_mask=mask, is_causal=causal and mask is None, scale=scaling,
+        enable_gqa=k_MGD.shape[1] != q_MHD.shape[1],
     )  # fmt: skip
-    out = out.transpose(1, 2).reshape(K, -1, H, D)
-    return out.index_select(1, layout.cell_T)
+    out = out.transpose(1, 2).reshape(K, -1, *q_MHD.shape[1:])
+    return out.index_select(1, layout.cell_T).flatten(0, 1)
 
 
 AttentionInterface.register(NAME, packed_attention)

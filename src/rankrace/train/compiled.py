@@ -1,29 +1,54 @@
-"""Fuses what lies between a model's matrix products: norms, rotary embeddings, SwiGLU, residuals.
+"""Fuses what lies between a model's matrix products: norms, rotary embeddings, SwiGLU, residuals, dropout.
 
 Each block of the trunk is compiled; the adapted layers and the attention stay outside, so that a block falls into a
 few pieces without any product in them. All blocks share one compilation, and token counts are dynamic.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rankrace.bank import Bank
+from rankrace.bank.dropout import dropped
 from rankrace.bank.linear import BankLinear
-from rankrace.train.attention import packed_attention
+from rankrace.train import attention
 
-ATTENTION = "rankrace_packed_uncompiled"
+NAME = "rankrace_packed_compiled"
 
 
-def compile_blocks(bank: Bank) -> None:
-    """Compiles the blocks of the bank's model at their next call."""
-    AttentionInterface.register(ATTENTION, torch.compiler.disable(packed_attention))
-    bank.model.set_attn_implementation(ATTENTION)
+def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
+    """Compiles the blocks of the bank's model at their next call; `uncompile` undoes it."""
+    apart = partial(attention.packed_attention, attend=torch.compiler.disable(attention.attend))
+    AttentionInterface.register(NAME, apart)
+    bank.model.set_attn_implementation(NAME)
+    bank.switch.drop = torch.compile(dropped, dynamic=True, backend=backend)
     for layer in bank.layers.values():
         layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
-    # The first block's input needs no gradient: compiling it too would double the compilations for one block.
-    for block in blocks(bank)[1:]:
-        block.compile(dynamic=True)
+    first, *others = blocks(bank)
+    for block in (first, *others):
+        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
+    first.forward = with_gradient(first.forward)
+
+
+def uncompile(bank: Bank) -> None:
+    """The eager path again."""
+    for module in [*bank.layers.values(), *blocks(bank)]:
+        del module.forward
+    bank.switch.drop = dropped
+    bank.model.set_attn_implementation(attention.NAME)
+
+
+def with_gradient(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The first block's input needs no gradient. Asking for one spares a second compilation, for one block."""
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(x.requires_grad_() if torch.is_grad_enabled() else x, *args, **kwargs)
+
+    return run
 
 
 def blocks(bank: Bank) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rankrace.bank import Bank
-from rankrace.data.encoded import Encoded, Task
+from rankrace.data.encoded import NO_LABEL, Encoded, Task
 from rankrace.data.pack import Packed, pack
 from rankrace.errors import RankraceError
 from rankrace.train import attention
@@ -57,6 +58,7 @@ class PackedModel:
         # The base's own dropout stays off: candidates are compared on equal terms, and the adapters have theirs.
         model.eval()
         model.set_attn_implementation(attention.NAME)
+        bank.find_siblings(lambda: self.hidden(one_token().to(model.device), 1))
 
     def pack(self, examples: Sequence[Encoded], indices: Sequence[int]) -> Packed:
         """These examples as one packed row, on the host."""
@@ -161,6 +163,13 @@ class PackedModel:
             logits = logits[0, packed.target_positions_S[mine] - start]
         return cross_entropy(logits if logits.dtype == torch.float64 else logits.float(),
                              packed.targets_S[mine], reduction="none")  # fmt: skip
+
+
+def one_token() -> Packed:
+    """The smallest row there is."""
+    ids = np.zeros(1, dtype=np.int32)
+    example = Encoded(input_ids=ids, supervised=ids == 1, label=NO_LABEL, group=0, row=0)
+    return pack([example], [0], "causal")
 
 
 def first_position(model: PreTrainedModel) -> int:
