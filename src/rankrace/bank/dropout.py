@@ -15,50 +15,42 @@ BITS = 24
 
 
 class DropoutKeys:
-    """A key [2] of 32 bits each for every layer, renewed for each pass."""
+    """A key of 63 bits for every layer, renewed for each pass."""
 
     def __init__(self, seed: int, layers: int, device: torch.device) -> None:
-        drawn = [halves(counter_seed(seed, layer)) for layer in range(layers)]
-        self._fixed_L2 = torch.tensor(drawn, dtype=torch.int32, device=device)
-        self._now_L2 = self._fixed_L2.clone()
+        self._fixed_L = torch.tensor([counter_seed(seed, layer) for layer in range(layers)], device=device)
+        self._now_L = self._fixed_L.clone()
 
     def renew(self, step: int, micro: int) -> None:
         """The keys of this step and micro-batch, in the same memory."""
-        self._now_L2.copy_(self._fixed_L2)
-        for i, half in enumerate(halves(counter_seed(step, micro))):
-            self._now_L2[:, i].bitwise_xor_(half)
+        torch.bitwise_xor(self._fixed_L, counter_seed(step, micro), out=self._now_L)
 
     def of(self, layer: int) -> Tensor:
-        return self._now_L2[layer]
+        """As a tensor of its own: a compiled function is compiled anew for views at other places."""
+        return self._now_L[layer].clone()
 
 
-def dropped(x_KTD: Tensor, key_2: Tensor, p: float) -> Tensor:
+def dropped(x_KTD: Tensor, key: Tensor, p: float) -> Tensor:
     """x·m/(1-p), where m is 0 with probability p and else 1; each candidate has the same m [T, D].
 
     It is its own derivative: the gradient of x is that of the result, dropped with the same key.
     """
     _, T, D = x_KTD.shape
     place_TD = torch.arange(T * D, dtype=torch.int32, device=x_KTD.device).view(T, D)
-    keep_TD = mixed(place_TD, key_2) & ((1 << BITS) - 1) >= round(p * (1 << BITS))
+    keep_TD = mixed(place_TD, key) & ((1 << BITS) - 1) >= round(p * (1 << BITS))
     return torch.where(keep_TD, x_KTD / (1 - p), 0.0)
 
 
-def mixed(n: Tensor, key_2: Tensor) -> Tensor:
+def mixed(n: Tensor, key: Tensor) -> Tensor:
     """A bijection of 32-bit integers in which every bit of input and key reaches every bit of the result.
 
     The rounds of lowbias32 (C. Wellons, "Prospecting for hash functions", 2018) with the key's halves before the
     first and the second one: with a single half, masks of two keys would be shuffled copies of each other.
     """
-    n = n ^ key_2[0]
-    n = (n ^ (n >> 16 & 0xFFFF)) * 0x7FEB352D ^ key_2[1]
+    n = n ^ key.to(torch.int32)
+    n = (n ^ (n >> 16 & 0xFFFF)) * 0x7FEB352D ^ (key >> 32).to(torch.int32)
     n = (n ^ (n >> 15 & 0x1FFFF)) * (0x846CA68B - (1 << 32))
     return n ^ (n >> 16 & 0xFFFF)
-
-
-def halves(seed: int) -> tuple[int, int]:
-    """The lower 64 bits as two signed 32-bit integers."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
 def counter_seed(*counters: int) -> int:

@@ -2,7 +2,7 @@
 
 Shapes: K candidates, T tokens of one packed row, D_in / D_out the base layer's widths, R the padded rank, ΣR the
 sum of the siblings' ranks. Activations carry the candidates outermost: [K, T, D], or any reshape of it that keeps
-them outermost.
+them outermost (x, y and their gradients g below).
 """
 
 from collections.abc import Callable, Sequence
@@ -79,19 +79,18 @@ class Siblings:
 
     def output(self, layer: BankLinear, x: Tensor) -> Tensor:
         if layer not in self._ready or x is not self._input or x._version != self._version:
-            x_KTD = x.reshape(self.switch.count, -1, layer.d_in)
             # A parameter among the arguments: the output has a gradient even where x has none.
-            outputs = _Adapt.apply(x_KTD, layer.A_KRD, self)
+            outputs = _Adapt.apply(x, layer.A_KRD, self)
             self._input, self._version = x, x._version
             self._ready = dict(zip(self.layers, outputs, strict=True))  # type: ignore[arg-type]
-        y_KTD = self._ready.pop(layer)
+        y = self._ready.pop(layer)
         if not self._ready:
             self.forget()
-        return y_KTD.view(*x.shape[:-1], layer.d_out)
+        return y
 
     def dropout(self, x_KTD: Tensor, p: float) -> Tensor:
         """Siblings share one mask, as the parts of a fused qkv layer do."""
-        return self.switch.drop(x_KTD, self.switch.keys.of(self.layers[0].index), p) if p else x_KTD
+        return self.switch.drop(x_KTD.detach(), self.switch.keys.of(self.layers[0].index), p) if p else x_KTD
 
     def forget(self) -> None:
         """Lets go of outputs that nobody has asked for."""
@@ -110,36 +109,47 @@ class _Adapt(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_KTD: Tensor, A_KRD: Tensor, siblings: Siblings) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, A_KRD: Tensor, siblings: Siblings) -> tuple[Tensor, ...]:
         s, layers = siblings.switch, siblings.layers
         A, sBs = siblings.compute_A_KRD[s.active], [layer.compute_sB_KDR[s.active] for layer in layers]
-        ctx.siblings, ctx.active, ctx.p = siblings, s.active, s.dropout
-        h_KTR = torch.bmm(siblings.dropout(x_KTD, ctx.p), A.mT)
-        ctx.bases, ys = zip(*(base_product(layer.base, x_KTD) for layer in layers), strict=True)
-        ctx.save_for_backward(x_KTD, h_KTR, A, *sBs)
-        return tuple(y.baddbmm_(h, sB.mT) for y, h, sB in zip(ys, parts(h_KTR, sBs), sBs, strict=True))
+        ctx.siblings, ctx.active, ctx.K, ctx.p = siblings, s.active, s.count, s.dropout
+        h_KTR = torch.bmm(siblings.dropout(per_candidate(x, ctx.K), ctx.p), A.mT)
+        ctx.bases, ys = zip(*(base_product(layer.base, x) for layer in layers), strict=True)
+        ctx.save_for_backward(x, h_KTR, A, *sBs)
+        for y, h, sB in zip(ys, parts(h_KTR, sBs), sBs, strict=True):
+            per_candidate(y, ctx.K).baddbmm_(h, sB.mT)
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *g_KTDs: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         siblings, active = ctx.siblings, ctx.active
-        x_KTD, h_KTR, A, *sBs = ctx.saved_tensors
+        x, h_KTR, A, *sBs = ctx.saved_tensors
         scale_K = siblings.multiplier_K[active, None, None]
         gh_KTR = torch.empty_like(h_KTR)
-        sides = zip(siblings.layers, g_KTDs, sBs, parts(h_KTR, sBs), parts(gh_KTR, sBs), strict=True)
+        sides = zip(siblings.layers, gs, sBs, parts(h_KTR, sBs), parts(gh_KTR, sBs), strict=True)
         for layer, g, sB, h, gh in sides:
-            torch.bmm(g, sB, out=gh)
-            B_grad = layer.B_KDR.grad[active]
-            B_grad.addcmul_(torch.bmm(g.mT, h).to(B_grad.dtype), scale_K)
+            g_KTD, B_grad = per_candidate(g, ctx.K), layer.B_KDR.grad[active]
+            torch.bmm(g_KTD, sB, out=gh)
+            B_grad.addcmul_(torch.bmm(g_KTD.mT, h).to(B_grad.dtype), scale_K)
+        x_KTD = per_candidate(x, ctx.K)
         siblings.A_grad_KRD[active].add_(torch.bmm(gh_KTR.mT, siblings.dropout(x_KTD, ctx.p)))
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        gx_KTD = None
-        for base, g in zip(ctx.bases, g_KTDs, strict=True):
-            gx_KTD = base(g, gx_KTD)
+        gx = None
+        for base, g in zip(ctx.bases, gs, strict=True):
+            gx = base(g, gx)
+        gx_KTD = per_candidate(gx, ctx.K)
         if ctx.p:
-            return gx_KTD.add_(siblings.dropout(torch.bmm(gh_KTR, A), ctx.p)), None, None
-        return gx_KTD.baddbmm_(gh_KTR, A), None, None
+            gx_KTD.add_(siblings.dropout(torch.bmm(gh_KTR, A), ctx.p))
+        else:
+            gx_KTD.baddbmm_(gh_KTR, A)
+        return gx, None, None
+
+
+def per_candidate(x: Tensor, K: int) -> Tensor:
+    """[K, T, D] of activations in any shape that keeps the candidates outermost."""
+    return x.reshape(K, -1, x.shape[-1])
 
 
 def parts(h_KTR: Tensor, sBs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -151,7 +161,7 @@ InputGradient = Callable[[Tensor, Tensor | None], Tensor]
 """(g, sum) ↦ sum + the gradient of base(x) with respect to x, in the memory of the sum if there is one."""
 
 
-def base_product(base: nn.Module, x_KTD: Tensor) -> tuple[InputGradient, Tensor]:
+def base_product(base: nn.Module, x: Tensor) -> tuple[InputGradient, Tensor]:
     """(the way back, base(x)), both in memory that nobody else reads.
 
     Plain layers keep nothing for it but their weight. Any other (a quantised one) brings its own autograd.
@@ -159,20 +169,20 @@ def base_product(base: nn.Module, x_KTD: Tensor) -> tuple[InputGradient, Tensor]
     if type(base) is nn.Linear or type(base) is Conv1D:
         W_OD = base.weight if type(base) is nn.Linear else base.weight.T
 
-        def through_weight(g_KTD: Tensor, sum_KTD: Tensor | None) -> Tensor:
-            if sum_KTD is None:
-                return g_KTD @ W_OD
-            sum_KTD.flatten(0, 1).addmm_(g_KTD.flatten(0, 1), W_OD)
-            return sum_KTD
+        def through_weight(g: Tensor, total: Tensor | None) -> Tensor:
+            if total is None:
+                return g @ W_OD
+            total.view(-1, W_OD.shape[1]).addmm_(g.reshape(-1, W_OD.shape[0]), W_OD)
+            return total
 
-        return through_weight, torch.nn.functional.linear(x_KTD, W_OD, base.bias)
+        return through_weight, torch.nn.functional.linear(x, W_OD, base.bias)
     with torch.enable_grad():
-        x = x_KTD.detach().requires_grad_()
-        y = base(x)
+        own_x = x.detach().requires_grad_()
+        y = base(own_x)
 
-    def through_graph(g_KTD: Tensor, sum_KTD: Tensor | None) -> Tensor:
-        (gx_KTD,) = torch.autograd.grad(y, x, g_KTD)
-        return gx_KTD.clone() if sum_KTD is None else sum_KTD.add_(gx_KTD)
+    def through_graph(g: Tensor, total: Tensor | None) -> Tensor:
+        (gx,) = torch.autograd.grad(y, own_x, g)
+        return gx.clone() if total is None else total.add_(gx)
 
     return through_graph, y.detach().clone()
 

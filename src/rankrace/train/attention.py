@@ -1,8 +1,8 @@
 """Attention over packed rows: examples lie end to end, and none sees another.
 
 Shapes: K candidates, T tokens of the packed row, M = K·T, N examples in it, L the longest of them, H / G query /
-key heads, D head width. Transformers calls an attention function with query [K, H, T, D], key and value
-[K, G, T, D] and wants [K, T, H, D] back.
+key heads, D head width. All candidates' copies of the row lie end to end in one of M tokens: Transformers calls an
+attention function with query [1, H, M, D], key and value [1, G, M, D] and wants [1, M, H, D] back.
 """
 
 from collections.abc import Callable
@@ -43,10 +43,8 @@ class Layout:
     @cached_property
     def cu_seqlens_KN(self) -> Tensor:
         """[K·N + 1] int32: the same for all candidates' copies, one behind the other."""
-        device, K, T = self.cu_seqlens.device, self.candidates, self.tokens
-        offsets_K1 = torch.arange(K, dtype=torch.int32, device=device)[:, None] * T
-        end = torch.full((1,), K * T, dtype=torch.int32, device=device)
-        return torch.cat([(offsets_K1 + self.cu_seqlens[:-1]).flatten(), end])
+        end = torch.full((1,), self.candidates * self.tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        return torch.cat([self.copies(self.cu_seqlens[:-1], self.tokens), end])
 
     @cached_property
     def valid_NL(self) -> Tensor:
@@ -59,19 +57,24 @@ class Layout:
         return None if bool(self.valid_NL.all()) else self.valid_NL.to(self.cu_seqlens.device)
 
     @cached_property
-    def grid_NL(self) -> Tensor:
-        """[N·L]: the token in each cell of the padded grid; padding cells name the row's first token."""
+    def token_KNL(self) -> Tensor:
+        """[K·N·L]: the token in each cell of the padded grid; padding cells name the row's first token."""
         length_N = torch.tensor(self.lengths_N)
         start_N = torch.cumsum(length_N, 0) - length_N
         position_L = torch.arange(self.longest)
-        cells_NL = torch.where(self.valid_NL, start_N[:, None] + position_L[None], 0)
-        return cells_NL.flatten().to(self.cu_seqlens.device)
+        token_NL = torch.where(self.valid_NL, start_N[:, None] + position_L[None], 0)
+        return self.copies(token_NL.flatten().to(self.cu_seqlens.device), self.tokens)
 
     @cached_property
-    def cell_T(self) -> Tensor:
-        """[T]: the cell of each token."""
-        cells_NL = torch.arange(self.valid_NL.numel()).view_as(self.valid_NL)
-        return cells_NL[self.valid_NL].to(self.cu_seqlens.device)
+    def cell_M(self) -> Tensor:
+        """[M]: the cell of each token."""
+        cell_NL = torch.arange(self.valid_NL.numel()).view_as(self.valid_NL)
+        return self.copies(cell_NL[self.valid_NL].to(self.cu_seqlens.device), self.valid_NL.numel())
+
+    def copies(self, places: Tensor, size: int) -> Tensor:
+        """The same places for every candidate, whose part has this size."""
+        offset_K = torch.arange(self.candidates, dtype=places.dtype, device=places.device) * size
+        return (offset_K[:, None] + places).flatten()
 
 
 def attend(
@@ -110,10 +113,9 @@ def packed_attention(
             why="its attention uses a mask or a soft cap of its own, or does not pass the sequence boundaries on",
             fix="use a model whose attention goes through Transformers' attention interface",
         )
-    K, H, T, D = query.shape
-    q_MHD, k_MGD, v_MGD = (x.transpose(1, 2).reshape(K * T, -1, D) for x in (query, key, value))
+    q_MHD, k_MGD, v_MGD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out_MHD = attend(q_MHD, k_MGD, v_MGD, layout, scaling, bool(module.is_causal), sliding_window)
-    return out_MHD.view(K, T, H, D), None
+    return out_MHD[None], None
 
 
 def varlen(
@@ -145,12 +147,10 @@ def padded(
 
     With the padding on the right, causality alone hides it from every real token.
     """
-    K, L = layout.candidates, layout.longest
+    L = layout.longest
 
     def grid(x_MHD: Tensor) -> Tensor:
-        _, heads, D = x_MHD.shape
-        x = x_MHD.unflatten(0, (K, -1)).index_select(1, layout.grid_NL)  # [K, N·L, heads, D]
-        return x.reshape(-1, L, heads, D).transpose(1, 2)
+        return x_MHD.index_select(0, layout.token_KNL).unflatten(0, (-1, L)).transpose(1, 2)
 
     mask = None
     if window is not None:
@@ -158,15 +158,14 @@ def padded(
         mask = (j > i - window) & (j <= i) if causal else (i - j).abs() < window
         mask = mask[None, None]
     if layout.ragged_NL is not None and not causal:
-        keys = layout.ragged_NL.repeat(K, 1)[:, None, None]
+        keys = layout.ragged_NL.repeat(layout.candidates, 1)[:, None, None]
         mask = keys if mask is None else mask & keys
     out = scaled_dot_product_attention(
         grid(q_MHD), grid(k_MGD), grid(v_MGD),
         attn_mask=mask, is_causal=causal and mask is None, scale=scaling,
         enable_gqa=k_MGD.shape[1] != q_MHD.shape[1],
     )  # fmt: skip
-    out = out.transpose(1, 2).reshape(K, -1, *q_MHD.shape[1:])
-    return out.index_select(1, layout.cell_T).flatten(0, 1)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.cell_M)
 
 
 AttentionInterface.register(NAME, packed_attention)
