@@ -75,18 +75,31 @@ class Siblings:
         # All siblings' A as one [K, ΣR, D_in] in the compute type, and its gradient: see Bank.install.
         self.compute_A_KRD = torch.empty(0)
         self.A_grad_KRD: Tensor | None = None
+        self._handed: list[Tensor] = []
         self.forget()
 
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """Of all siblings."""
+        if not self.switch.enabled:
+            return [layer.base(x) for layer in self.layers]
+        # A parameter among the arguments: the output has a gradient even where x has none.
+        return list(_Adapt.apply(x, self.layers[0].A_KRD, self))  # type: ignore[arg-type]
+
     def output(self, layer: BankLinear, x: Tensor) -> Tensor:
+        """Of one sibling; those of the others are kept until they are called."""
         if layer not in self._ready or x is not self._input or x._version != self._version:
-            # A parameter among the arguments: the output has a gradient even where x has none.
-            outputs = _Adapt.apply(x, layer.A_KRD, self)
             self._input, self._version = x, x._version
-            self._ready = dict(zip(self.layers, outputs, strict=True))  # type: ignore[arg-type]
+            self._ready = dict(zip(self.layers, self.outputs(x), strict=True))
         y = self._ready.pop(layer)
         if not self._ready:
             self.forget()
         return y
+
+    def lead(self, x: Tensor) -> Tensor:
+        """Of the first sibling; the others' hang on x, in their order, for compiled code to take: see `follow`."""
+        first, *self._handed = self.outputs(x)
+        x.adapted = self._handed  # type: ignore[attr-defined]
+        return first
 
     def dropout(self, x_KTD: Tensor, p: float) -> Tensor:
         """Siblings share one mask, as the parts of a fused qkv layer do."""
@@ -97,6 +110,12 @@ class Siblings:
         self._input: Tensor | None = None
         self._version = 0
         self._ready: dict[BankLinear, Tensor] = {}
+        self._handed.clear()
+
+
+def follow(x: Tensor) -> Tensor:
+    """The output of a sibling that is not the first, out of the graph that it is traced into."""
+    return x.adapted.pop(0)  # type: ignore[attr-defined]
 
 
 class _Adapt(torch.autograd.Function):

@@ -5,7 +5,6 @@ key heads, D head width. All candidates' copies of the row lie end to end in one
 attention function with query [1, H, M, D], key and value [1, G, M, D] and wants [1, M, H, D] back.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -77,17 +76,6 @@ class Layout:
         return (offset_K[:, None] + places).flatten()
 
 
-def attend(
-    q_MHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
-) -> Tensor:
-    """Attention among the tokens of each example: [M, H, D]."""
-    if window is not None and window >= layout.longest:
-        window = None
-    if q_MHD.is_cuda and q_MHD.dtype in (torch.bfloat16, torch.float16) and (window is None or HAS_WINDOW):
-        return varlen(q_MHD, k_MGD, v_MGD, layout, scaling, causal, window)
-    return padded(q_MHD, k_MGD, v_MGD, layout, scaling, causal, window)
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -99,23 +87,22 @@ def packed_attention(
     layout: Layout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    attend: Callable[..., Tensor] = attend,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface, by sequence boundaries instead of a mask.
-
-    Tokens come outermost here already: where this is compiled, the rotary embedding is written in that order, and
-    no copy is left between it and the attention, in neither direction.
-    """
+    """Transformers' attention interface, by sequence boundaries instead of a mask."""
     if layout is None or attention_mask is not None or softcap is not None:
         raise RankraceError(
             f"{type(module).__name__} cannot run on packed rows",
             why="its attention uses a mask or a soft cap of its own, or does not pass the sequence boundaries on",
             fix="use a model whose attention goes through Transformers' attention interface",
         )
+    # No copies: projections have tokens outermost, and rotary embeddings keep their order.
     q_MHD, k_MGD, v_MGD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out_MHD = attend(q_MHD, k_MGD, v_MGD, layout, scaling, bool(module.is_causal), sliding_window)
-    return out_MHD[None], None
+    causal = bool(module.is_causal)
+    window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
+    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (window is None or HAS_WINDOW)
+    by_boundaries = varlen if flash else padded
+    return by_boundaries(q_MHD, k_MGD, v_MGD, layout, scaling, causal, window)[None], None
 
 
 def varlen(

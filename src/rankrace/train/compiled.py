@@ -1,20 +1,21 @@
 """Fuses what lies between a model's matrix products: norms, rotary embeddings, SwiGLU, residuals, dropout.
 
 Each block of the trunk is compiled; the adapted layers and the attention stay outside, so that a block falls into a
-few pieces without any product in them. All blocks share one compilation, and token counts are dynamic.
+few pieces without any product in them. A group of siblings is left for only once, at its first layer. All blocks
+share one compilation, and token counts are dynamic.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rankrace.bank import Bank
 from rankrace.bank.dropout import dropped
-from rankrace.bank.linear import BankLinear
+from rankrace.bank.linear import BankLinear, follow
 from rankrace.train import attention
 
 NAME = "rankrace_packed_compiled"
@@ -22,16 +23,21 @@ NAME = "rankrace_packed_compiled"
 
 def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
     """Compiles the blocks of the bank's model at their next call; `uncompile` undoes it."""
-    apart = partial(attention.packed_attention, attend=torch.compiler.disable(attention.attend))
-    AttentionInterface.register(NAME, apart)
+    # Gradients then come in the memory order of what they are gradients of: tokens outermost, as the attention takes
+    # its inputs. The default since torch 2.13; before, each of q's and k's was copied into another order and back.
+    torch._functorch.config.guess_tangent_strides_as_outputs = True
+    AttentionInterface.register(NAME, torch.compiler.disable(attention.packed_attention))
     bank.model.set_attn_implementation(NAME)
     bank.switch.drop = torch.compile(dropped, dynamic=True, backend=backend)
-    for layer in bank.layers.values():
-        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
-    first, *others = blocks(bank)
-    for block in (first, *others):
+    for siblings in bank.siblings.values():
+        first, *others = siblings.layers
+        first.forward = torch.compiler.disable(siblings.lead)
+        for layer in others:
+            layer.forward = follow
+    all_blocks = blocks(bank)
+    for block in all_blocks:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
-    first.forward = with_gradient(first.forward)
+    all_blocks[0].forward = with_gradient(all_blocks[0].forward)
 
 
 def uncompile(bank: Bank) -> None:
