@@ -5,7 +5,7 @@ key heads, D head width. All candidates' copies of the row lie end to end in one
 attention function with query [1, H, M, D], key and value [1, G, M, D] and wants [1, M, H, D] back.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -39,11 +39,12 @@ class Layout:
     candidates: int
     """K"""
 
-    @cached_property
-    def cu_seqlens_KN(self) -> Tensor:
-        """[K·N + 1] int32: the same for all candidates' copies, one behind the other."""
+    cu_seqlens_KN: Tensor = field(init=False)
+    """[K·N + 1] int32: the same for all candidates' copies, one behind the other."""
+
+    def __post_init__(self) -> None:
         end = torch.full((1,), self.candidates * self.tokens, dtype=torch.int32, device=self.cu_seqlens.device)
-        return torch.cat([self.copies(self.cu_seqlens[:-1], self.tokens), end])
+        self.cu_seqlens_KN = torch.cat([self.copies(self.cu_seqlens[:-1], self.tokens), end])
 
     @cached_property
     def valid_NL(self) -> Tensor:
@@ -76,6 +77,11 @@ class Layout:
         return (offset_K[:, None] + places).flatten()
 
 
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's flash attention runs there."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -100,7 +106,7 @@ def packed_attention(
     q_MHD, k_MGD, v_MGD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     causal = bool(module.is_causal)
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
-    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (window is None or HAS_WINDOW)
+    flash = has_flash(query.device, query.dtype) and (window is None or HAS_WINDOW)
     by_boundaries = varlen if flash else padded
     return by_boundaries(q_MHD, k_MGD, v_MGD, layout, scaling, causal, window)[None], None
 

@@ -1,15 +1,14 @@
 """Fuses what lies between a model's matrix products: norms, rotary embeddings, SwiGLU, residuals, dropout.
 
-Each block of the trunk is compiled; the adapted layers and the attention stay outside, so that a block falls into a
-few pieces without any product in them. A group of siblings is left for only once, at its first layer. All blocks
-share one compilation, and token counts are dynamic.
+Each block of the trunk is compiled; the adapted layers stay outside, so that a block falls into a few pieces, one
+more than it has groups of siblings. From q, k and v to the attention and back no copy is left: tokens are outermost
+on the whole way. All blocks share one compilation, and token counts are dynamic.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -18,16 +17,16 @@ from rankrace.bank.dropout import dropped
 from rankrace.bank.linear import BankLinear, follow
 from rankrace.train import attention
 
-NAME = "rankrace_packed_compiled"
+APART = "rankrace_packed_apart"
 
 
 def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
     """Compiles the blocks of the bank's model at their next call; `uncompile` undoes it."""
-    # Gradients then come in the memory order of what they are gradients of: tokens outermost, as the attention takes
-    # its inputs. The default since torch 2.13; before, each of q's and k's was copied into another order and back.
-    torch._functorch.config.guess_tangent_strides_as_outputs = True
-    AttentionInterface.register(NAME, torch.compiler.disable(attention.packed_attention))
-    bank.model.set_attn_implementation(NAME)
+    bank.model.set_attn_implementation(attention.NAME)
+    if not attention.has_flash(bank.device, bank.model.dtype):
+        # Flash attention is an operation that compiled code can call. The padded fallback is many, of changing sizes.
+        AttentionInterface.register(APART, torch.compiler.disable(attention.packed_attention))
+        bank.model.set_attn_implementation(APART)
     bank.switch.drop = torch.compile(dropped, dynamic=True, backend=backend)
     for siblings in bank.siblings.values():
         first, *others = siblings.layers
