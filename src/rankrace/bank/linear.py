@@ -155,8 +155,9 @@ class _Adapt(torch.autograd.Function):
         siblings.A_grad_KRD[active].add_(torch.bmm(gh_KTR.mT, siblings.dropout(x_KTD, ctx.p)))
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        gx = None
-        for base, g in zip(ctx.bases, gs, strict=True):
+        first, *others = zip(ctx.bases, gs, strict=True)
+        gx: Tensor = first[0](first[1], None)
+        for base, g in others:
             gx = base(g, gx)
         gx_KTD = per_candidate(gx, ctx.K)
         if ctx.p:

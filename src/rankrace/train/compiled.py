@@ -30,7 +30,7 @@ def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
     bank.switch.drop = torch.compile(dropped, dynamic=True, backend=backend)
     for siblings in bank.siblings.values():
         first, *others = siblings.layers
-        first.forward = torch.compiler.disable(siblings.lead)
+        first.forward = torch.compiler.disable(siblings.lead)  # type: ignore[method-assign]
         for layer in others:
             layer.forward = follow
     all_blocks = blocks(bank)
