@@ -136,7 +136,7 @@ class _Adapt(torch.autograd.Function):
         ctx.bases, ys = zip(*(base_product(layer.base, x) for layer in layers), strict=True)
         ctx.save_for_backward(x, h_KTR, A, *sBs)
         for y, h, sB in zip(ys, parts(h_KTR, sBs), sBs, strict=True):
-            per_candidate(y, ctx.K).baddbmm_(h, sB.mT)
+            y.view(ctx.K, -1, y.shape[-1]).baddbmm_(h, sB.mT)
         return ys
 
     @staticmethod
@@ -159,7 +159,7 @@ class _Adapt(torch.autograd.Function):
         gx: Tensor = first[0](first[1], None)
         for base, g in others:
             gx = base(g, gx)
-        gx_KTD = per_candidate(gx, ctx.K)
+        gx_KTD = gx.view(x_KTD.shape)
         if ctx.p:
             gx_KTD.add_(siblings.dropout(torch.bmm(gh_KTR, A), ctx.p))
         else:
@@ -202,9 +202,9 @@ def base_product(base: nn.Module, x: Tensor) -> tuple[InputGradient, Tensor]:
 
     def through_graph(g: Tensor, total: Tensor | None) -> Tensor:
         (gx,) = torch.autograd.grad(y, own_x, g)
-        return gx.clone() if total is None else total.add_(gx)
+        return gx.clone(memory_format=torch.contiguous_format) if total is None else total.add_(gx)
 
-    return through_graph, y.detach().clone()
+    return through_graph, y.detach().clone(memory_format=torch.contiguous_format)
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:
