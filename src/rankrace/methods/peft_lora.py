@@ -1,5 +1,6 @@
 """LoRA and its relatives as PEFT implements them, trained by rankrace's loop."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,16 +72,16 @@ def shared(config: RunConfig, model: PreTrainedModel, task: Task) -> dict[str, A
 def wrapped(model: PreTrainedModel, config: Any, seed: int) -> PeftModel:
     """The model with PEFT's layers in it, in the model's type: the masters are `Parameters`'."""
     torch.manual_seed(seed)
-    found = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
+        found = get_peft_model(model, config, autocast_adapter_dtype=False)
     assert isinstance(found, PeftModel)
-    for name, p in found.named_parameters():
-        if p.requires_grad and p.dtype != model.dtype:
-            raise AssertionError(f"{name} is {p.dtype}")
     return found
 
 
 def trainable(peft_model: PeftModel) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+    """Without the number by which AdaLoRA divides, which PEFT leaves trainable by mistake."""
+    return {n: p for n, p in peft_model.named_parameters() if p.requires_grad and ".ranknum." not in n}
 
 
 def initialise_by_data(peft_model: PeftModel, model: PreTrainedModel, examples: Sequence[Encoded]) -> None:
@@ -92,7 +93,7 @@ def initialise_by_data(peft_model: PeftModel, model: PreTrainedModel, examples: 
     def layer_inputs(inputs: Any, places: Tensor, name: str) -> Tensor:
         """The rows of real tokens; a pooler's input has none but such."""
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
-        return x if x.dim() == 2 else x[places.T.unbind()]
+        return x.contiguous() if x.dim() == 2 else x[places.T.unbind()]
 
     initialize_lora_eva_weights(
         peft_model,
@@ -101,6 +102,8 @@ def initialise_by_data(peft_model: PeftModel, model: PreTrainedModel, examples: 
         prepare_layer_inputs_fn=layer_inputs,
         show_progress_bar=False,
     )
+    for p in trainable(peft_model).values():
+        p.data = p.data.to(model.dtype)
 
 
 def padded(examples: Sequence[Encoded]) -> dict[str, Tensor]:
