@@ -128,6 +128,10 @@ def test_full_fine_tuning_is_torch_by_hand(kind: str, request: pytest.FixtureReq
 @pytest.mark.parametrize("kind", ["causal", "classes"])
 def test_every_method_learns(kind: str, name: str, request: pytest.FixtureRequest) -> None:
     config, data = request.getfixturevalue(kind)
+    if (kind, name) == ("classes", "eva-r16"):
+        with pytest.raises(RankraceError, match="64 training examples"):
+            started(name, config, data)
+        return
     lr = 30 * find_method(name).default_lr(2000, config)
     running = started(name, config.model_copy(update={"lr": lr, "max_steps": 20, "epochs": 50.0}), data)
     losses = [loss_K[-1].item() for loss_K in running.run()]

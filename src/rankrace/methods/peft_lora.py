@@ -16,6 +16,7 @@ from rankrace.bank.attach import find_targets
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
+from rankrace.errors import RankraceError
 from rankrace.methods.fixed import Fixed
 from rankrace.methods.method import PlainLoad, Running
 from rankrace.methods.parameters import Parameters
@@ -55,7 +56,7 @@ class PeftLora(PlainLoad):
         )
         peft_model = wrapped(model, lora, config.seed)
         if self.eva:
-            initialise_by_data(peft_model, model, data.train.examples)
+            initialise_by_data(peft_model, model, data.train.examples, task)
         return Fixed(config, data, Parameters(model, trainable(peft_model)), task, rank=self.rank)
 
 
@@ -84,9 +85,17 @@ def trainable(peft_model: PeftModel) -> dict[str, nn.Parameter]:
     return {n: p for n, p in peft_model.named_parameters() if p.requires_grad and ".ranknum." not in n}
 
 
-def initialise_by_data(peft_model: PeftModel, model: PreTrainedModel, examples: Sequence[Encoded]) -> None:
+def initialise_by_data(
+    peft_model: PeftModel, model: PreTrainedModel, examples: Sequence[Encoded], task: Task
+) -> None:
     """EVA (Paischer et al. 2024): the first training examples' inputs to each layer give its A and its rank."""
     chosen = examples[:EVA_EXAMPLES]
+    if task == "classification" and len(chosen) < EVA_BATCH:
+        raise RankraceError(
+            f"EVA needs {EVA_BATCH} training examples, and there are {len(chosen)}",
+            why="a pooler sees one vector an example, and PEFT would go through them for ever",
+            fix="give more rows, or leave the method out",
+        )
     batches = [padded(chosen[i : i + EVA_BATCH]) for i in range(0, len(chosen), EVA_BATCH)]
     batches = [batch for batch in batches if len(batch["input_ids"]) == EVA_BATCH] or batches
 
