@@ -136,10 +136,14 @@ def config_of(experiment: Experiment, job: Job, out: Path, device: str) -> RunCo
 
 
 def settings_of(experiment: Experiment, job: Job) -> dict[str, Any]:
-    """What two runs must share to be the same one, as plain values."""
-    config = config_of(experiment, job, Path(), "auto").model_dump(mode="json", exclude={"out", "device", "resume"})
-    return {**config, "method": job.method, "scale": job.scale, "test_max": experiment.test_max,
-            "tuning": job.tuning}  # fmt: skip
+    """What two runs must share to be the same one, as plain values: all that is no default.
+
+    Of the model only the name: its folder is another on every machine.
+    """
+    config = config_of(experiment, job, Path(), "auto")
+    given = config.model_dump(mode="json", exclude={"out", "device", "resume", "model"}, exclude_defaults=True)
+    return {**given, "model": Path(experiment.model).name, "method": job.method, "scale": job.scale,
+            "test_max": experiment.test_max, "tuning": job.tuning}  # fmt: skip
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from rankrace.bench.experiment import Experiment, Job, config_of, fingerprint, s
 from rankrace.config import RunConfig
 from rankrace.data import encode_splits, make_encoder, split_rows
 from rankrace.data.files import Rows
+from rankrace.data.formats import PromptCompletion
 from rankrace.data.sources import SourceRows
 from rankrace.data.split import draw
 from rankrace.errors import RankraceError
@@ -47,8 +48,13 @@ class Stopped(Exception):
     """A signal asked the run to stop; it was saved first."""
 
 
-def perform(experiment: Experiment, job: Job, folder: Path, device: str, save_s: float = SAVE_S) -> dict[str, Any]:
+def perform(
+    experiment: Experiment, job: Job, folder: Path, device: str, save_s: float = SAVE_S, *, shared: bool = False
+) -> dict[str, Any]:
     """Runs one job to its record and writes it; whatever goes wrong is a record, too.
+
+    Args:
+        shared: other runs were in this process before, so that its memory is not this run's.
 
     Raises:
         Stopped: on SIGINT or SIGTERM.
@@ -70,7 +76,7 @@ def perform(experiment: Experiment, job: Job, folder: Path, device: str, save_s:
     }
     record["fingerprint"] = fingerprint(record["settings"])
     try:
-        record |= measured(experiment, job, folder, device, save_s)
+        record |= measured(experiment, job, folder, device, save_s, shared)
         bad = [name for name, value in numbers(record) if not math.isfinite(value)]
         if bad:
             raise RankraceError(
@@ -87,8 +93,14 @@ def perform(experiment: Experiment, job: Job, folder: Path, device: str, save_s:
     except Exception as error:  # the rest of the grid must go on; the record says what happened
         record |= failed(f"{type(error).__name__}: {error}")
     record["wall_s"] = round(time.perf_counter() - began, 2)
-    replace_text(folder / "runs" / f"{job.key}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_record(folder, record)
     return record
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """One top-level key a line."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in record.items()]
+    replace_text(folder / "runs" / f"{record['key']}.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def failed(error: str) -> dict[str, Any]:
@@ -99,7 +111,9 @@ def numbers(record: dict[str, Any]) -> list[tuple[str, float]]:
     return [("the validation loss", record["validation_loss"]), *record["metrics"].items()]
 
 
-def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s: float) -> dict[str, Any]:
+def measured(
+    experiment: Experiment, job: Job, folder: Path, device: str, save_s: float, shared: bool
+) -> dict[str, Any]:
     """Everything of the record that the run itself finds out."""
     where = chosen_device(device)
     task, method = find_task(job.task), find_method(job.method)
@@ -124,12 +138,13 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
     running = method.prepare(config.model_copy(update={"lr": lr or None}), data, model, kind)
     preparing_s = time.perf_counter() - began
     checkpoints = folder / "work" / job.training
-    training_s = trained(running, checkpoints, save_s)
-    peak = peak_bytes()
+    training_s = trained(running, checkpoints, save_s, keep=job.tuning)
+    peak = None if shared and where.type == "cpu" else peak_bytes()
 
     validation = running.trainer.measure(data.validation.examples)
     found = running.described()
     result: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
         "validation_loss": float(validation.mean_K[0]),
         "metrics": {},
         "rows": [],
@@ -174,12 +189,17 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
         "empty": task.score([""] * len(rows), rows),
         "commonest": task.score([commonest(splits.train)] * len(rows), rows),
     }
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for used in (folder / "work").glob(f"{job.task}--{job.method}--seed{job.seed}--lr*"):
+        shutil.rmtree(used, ignore_errors=True)  # its tuning's too
     return result
 
 
-def trained(running: Running, checkpoints: Path, save_s: float) -> float:
-    """Trains to the end, from the newest checkpoint if there is one. Returns the seconds, over all sittings."""
+def trained(running: Running, checkpoints: Path, save_s: float, *, keep: bool) -> float:
+    """Trains to the end, from the newest checkpoint if there is one. Returns the seconds, over all sittings.
+
+    Args:
+        keep: save the end, too: the run for the table goes on from that of the tuning.
+    """
     before = 0.0
     found = load_checkpoint(checkpoints) if checkpoints.exists() else None
     if found is not None:
@@ -192,8 +212,8 @@ def trained(running: Running, checkpoints: Path, save_s: float) -> float:
         return before + time.perf_counter() - began - saving
 
     with Interrupts() as interrupts:
-        for loss_K in running.run():
-            now = time.perf_counter()
+        for losses in running.run():
+            loss_K, now = losses, time.perf_counter()
             if interrupts.asked or now - saved_at >= save_s:
                 state = {"running": running.state(), "seconds": elapsed()}
                 save_checkpoint(checkpoints, trainer.step, running.tensors(), state)
@@ -206,9 +226,9 @@ def trained(running: Running, checkpoints: Path, save_s: float) -> float:
     seconds = elapsed()
     if loss_K is not None:
         alarm_if_diverged(loss_K.tolist(), trainer.step)
-        save_checkpoint(
-            checkpoints, trainer.step, running.tensors(), {"running": running.state(), "seconds": seconds}
-        )
+    if keep and loss_K is not None:
+        state = {"running": running.state(), "seconds": seconds}
+        save_checkpoint(checkpoints, trainer.step, running.tensors(), state)
     return seconds
 
 
@@ -230,8 +250,6 @@ def test_rows(splits: Splits, most: int | None) -> Rows:
     """The test part, or the same draw of it for every method and seed."""
     if most is None or most >= len(splits.test):
         return splits.test
-    from rankrace.data.formats import PromptCompletion
-
     examples = [PromptCompletion(row["prompt"], row["completion"]) for row in splits.test]
     rows = {id(example): row for example, row in zip(examples, splits.test, strict=True)}
     return [rows[id(example)] for example in draw(examples, most, 0)]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rankrace.bench.experiment import Experiment, Job, fingerprint, settings_of
-from rankrace.bench.job import SCHEMA, Stopped, failed, perform, provenance
+from rankrace.bench.job import SCHEMA, Stopped, failed, perform, provenance, write_record
 from rankrace.bench.store import Store
 from rankrace.interrupt import Interrupted
 from rankrace.result import replace_text
@@ -30,7 +30,7 @@ def run_inline(experiment: Experiment, store: Store, upcoming: Next, device: str
     """One after another in this process."""
     while jobs := upcoming(set()):
         try:
-            yield perform(experiment, jobs[0], store.folder, device, save_s)
+            yield perform(experiment, jobs[0], store.folder, device, save_s, shared=True)
         except (Stopped, KeyboardInterrupt):
             raise Interrupted("the same command again") from None
         if torch.cuda.is_available():
@@ -93,7 +93,7 @@ def record_failure(experiment: Experiment, job: Job, folder: Path, error: str) -
     settings = settings_of(experiment, job)
     record = {"schema": SCHEMA, "key": job.key, "experiment": experiment.name, **asdict(job), "settings": settings,
               "fingerprint": fingerprint(settings), **provenance(), **failed(error)}  # fmt: skip
-    replace_text(folder / "runs" / f"{job.key}.json", json.dumps(record, indent=1) + "\n")
+    write_record(folder, record)
     return record
 
 

@@ -108,18 +108,12 @@ def due(experiment: Experiment, records: dict[str, dict[str, Any]], *, retry: bo
 
     Args:
         retry: failed runs count as missing.
-
-    Raises:
-        RankraceError: a record was made with other settings.
     """
     missing: list[Job] = []
 
     def wanted(job: Job) -> bool:
         record = records.get(job.key)
-        if record is None:
-            return True
-        compare(experiment, job, record)
-        return retry and record["status"] == "failed"
+        return record is None or (retry and record["status"] == "failed")
 
     for task in experiment.tasks:
         for method in experiment.methods:
@@ -151,15 +145,18 @@ def best_scale(tuning: list[Job], records: dict[str, dict[str, Any]]) -> float:
     return min(finite, key=lambda scale: finite[scale]) if finite else 1.0
 
 
-def compare(experiment: Experiment, job: Job, record: dict[str, Any]) -> None:
-    """Raises RankraceError when a record was made with other settings than are asked for now."""
-    now, then = settings_of(experiment, job), record["settings"]
-    if fingerprint(now) != record["fingerprint"]:
-        differing = [
-            f"{k}: {then.get(k)} there, {now.get(k)} now" for k in {**now, **then} if then.get(k) != now.get(k)
-        ]
-        raise RankraceError(
-            f"{job.key} was run with other settings ({'; '.join(differing) or 'unknown'})",
-            why="a table of runs with different settings compares nothing",
-            fix="choose another --out, or put the old settings back",
-        )
+def check(experiment: Experiment, records: dict[str, dict[str, Any]]) -> None:
+    """Raises RankraceError when a record of the grid was made with other settings than are asked for now."""
+    for key, record in records.items():
+        if record["method"] not in experiment.methods or record["task"] not in experiment.tasks:
+            continue
+        names = ("method", "task", "seed", "scale", "tuning")
+        now, then = settings_of(experiment, Job(**{name: record[name] for name in names})), record["settings"]
+        if fingerprint(now) != record["fingerprint"]:
+            keys = [k for k in {**now, **then} if then.get(k) != now.get(k)]
+            differing = "; ".join(f"{k}: {then.get(k)} there, {now.get(k)} now" for k in keys)
+            raise RankraceError(
+                f"{key} was run with other settings ({differing or 'unknown'})",
+                why="a table of runs with different settings compares nothing",
+                fix="choose another --out, or put the old settings back",
+            )

@@ -1,0 +1,294 @@
+"""`rankrace bench` and `rankrace eval` as a person runs them, on a tiny model and a few rows of real tasks."""
+
+import csv
+import fcntl
+import json
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from commandline import Ran, assert_refused, rankrace
+from rankrace.bench.table import build, t_half_width
+from rankrace.tasks import find_task
+from tinyfolder import tiny_bert, tiny_llama
+
+SMALL = {"max_steps": 3, "batch_size": 4, "train_max": 32, "validation_max": 16, "ranks": [2, 4], "max_length": 256}
+
+
+@pytest.fixture(autouse=True)
+def _data(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKRACE_DATA", str(data_root))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("bert"), minilm)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"), smollm2)
+
+
+def written(folder: Path, model: Path, **values: Any) -> Path:
+    path = folder / "grid.yaml"
+    common = {**SMALL, **values.pop("common", {})}
+    path.write_text(yaml.safe_dump({"model": str(model), "test_max": 8, "common": common, **values}))
+    return path
+
+
+def run(experiment: Path, *options: object) -> Ran:
+    return rankrace("bench", "run", experiment, "--out", experiment.parent / "out", "--device", "cpu", *options)
+
+
+def record(folder: Path, key: str) -> dict[str, Any]:
+    return json.loads((folder / "out" / "runs" / f"{key}.json").read_text())
+
+
+def test_a_grid_runs_fills_what_is_missing_and_becomes_a_table(tmp_path: Path, bert: Path) -> None:
+    experiment = written(tmp_path, bert, methods=["full", "lora-r8", "shrink", "qlora-r16"], tasks=["rte", "cola"],
+                         seeds=[0, 1], tuning={"scales": [0.5, 1]})  # fmt: skip
+    ran = run(experiment, "--slots", 0)
+    assert ran.code == 0, ran.err
+    runs = tmp_path / "out" / "runs"
+    keys = {path.stem for path in runs.iterdir()}
+    tunings = {k for k in keys if k.endswith("--tuning")}
+    assert len(tunings) == 2 * 4 * 2
+    assert len(keys - tunings) == 2 * 4 * 2
+    assert "failed: qlora-r16 needs a GPU" in ran.err
+
+    for method in ("full", "lora-r8", "shrink"):
+        tuned = [record(tmp_path, f"rte--{method}--seed0--lr{s}--tuning") for s in ("0.5", "1")]
+        best = min(tuned, key=lambda r: r["validation_loss"])
+        assert all(r["metrics"] == {} and r["rows"] == [] for r in tuned), "the test part chose something"
+        final = record(tmp_path, f"rte--{method}--seed0--lr{best['scale']:g}")
+        assert final["validation_loss"] == best["validation_loss"], "the run for the table is the tuned one"
+        assert final["time"]["steps_s"] == best["time"]["steps_s"], "it was not trained twice"
+        assert len(final["rows"]) == 8
+        assert set(final["versions"]) >= {"torch", "transformers", "peft", "python"}
+        assert len(final["data"]["sha256"]) == 64
+        assert final["data"]["sha256"] == tuned[0]["data"]["sha256"]
+    assert not list((tmp_path / "out" / "work").glob("rte--*"))
+
+    index = sqlite3.connect(tmp_path / "out" / "index.sqlite")
+    assert index.execute("select count(*) from runs where status = 'failed'").fetchone() == (8,)
+    index.close()
+
+    before = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
+    gone = runs / "cola--full--seed1--lr1.json"
+    gone = gone if gone.exists() else runs / "cola--full--seed1--lr0.5.json"
+    gone.unlink()
+    half = runs / f"rte--lora-r8--seed1--lr{best_scale(tmp_path, 'rte', 'lora-r8'):g}.json"
+    half.write_text(half.read_text()[:200])
+    again = run(experiment, "--slots", 0)
+    assert "2 runs now" in again.out
+    assert "Set aside" in again.err
+    changed = {p.name for p in runs.glob("*.json") if before.get(p.name) != p.stat().st_mtime_ns}
+    assert changed == {gone.name, half.name}
+    assert half.with_suffix(".json.broken").exists()
+
+    table = rankrace("bench", "table", tmp_path / "out")
+    assert table.code == 0, table.err
+    assert "rte accuracy" in table.out
+    assert "cola matthews" in table.out
+    assert "**" in table.out
+    with (tmp_path / "out" / "table.csv").open() as stream:
+        lines = {(row["method"], row["task"]): row for row in csv.DictReader(stream)}
+    seeds = [record(tmp_path, p.stem) for p in runs.glob("rte--full--seed?--lr*.json") if "tuning" not in p.stem]
+    accuracy = [r["metrics"]["accuracy"] for r in seeds]
+    assert float(lines["full", "rte"]["mean"]) == pytest.approx(sum(accuracy) / 2)
+    assert {p.name for p in (tmp_path / "out").glob("table.*")} == {
+        "table.md",
+        "table.tex",
+        "table.csv",
+        "table.html",
+    }
+    assert (tmp_path / "out" / "quality-time.svg").read_text().startswith("<svg")
+
+    other = written(tmp_path, bert, methods=["full"], tasks=["rte"], common={"batch_size": 8})
+    assert_refused(run(other), "other settings", "batch_size: 4 there, 8 now")
+
+
+def best_scale(folder: Path, task: str, method: str) -> float:
+    tuned = [record(folder, f"{task}--{method}--seed0--lr{s}--tuning") for s in ("0.5", "1")]
+    return min(tuned, key=lambda r: r["validation_loss"])["scale"]
+
+
+def test_generated_answers_chosen_letters_and_runs_in_processes_of_their_own(tmp_path: Path, llama: Path) -> None:
+    experiment = written(tmp_path, llama, methods=["base", "lora-r8"], tasks=["squad2", "medqa"], test_max=4)
+    ran = run(experiment, "--slots", 2)
+    assert ran.code == 0, ran.err
+    assert "4 runs now, 0 of them failed" in ran.out, ran.err
+    squad, medqa = (record(tmp_path, f"{task}--lora-r8--seed0--lr1") for task in ("squad2", "medqa"))
+    assert set(squad["metrics"]) == {"f1", "exact"}
+    assert set(medqa["metrics"]) == {"accuracy", "generated_accuracy"}
+    assert squad["peak_bytes"] > 2**20
+    assert record(tmp_path, "squad2--base--seed0--lr1")["parameters"] == 0
+
+
+def test_an_empty_answer_to_every_question_of_squad2_scores_54_7(data_root: Path) -> None:
+    rows = find_task("squad2").splits(data_root, 0).test
+    assert find_task("squad2").score([""] * len(rows), rows)["f1"] == pytest.approx(54.7, abs=0.05)
+
+
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama: Path) -> None:
+    """A process of its own, stopped by a signal in mid-run; the second one ends where one undisturbed does."""
+    common = {"max_steps": 30, "epochs": 30}
+    experiment = written(tmp_path, llama, methods=["adalora-r8"], tasks=["sst2"], common=common)
+    request = request_of(experiment, tmp_path / "out", save_s=0.0)
+    worker = [sys.executable, "-m", "rankrace.bench.job", str(request)]
+    process = subprocess.Popen(worker)
+    checkpoints = tmp_path / "out" / "work" / "sst2--adalora-r8--seed0--lr1"
+    wait_for(lambda: len(list(checkpoints.glob("step-*"))) > 1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(int(p.name[5:]) for p in checkpoints.glob("step-*"))
+    assert 0 < reached < 30
+    key = "sst2--adalora-r8--seed0--lr1"
+    assert not (tmp_path / "out" / "runs" / f"{key}.json").exists()
+    subprocess.run(worker, check=True)
+    resumed = record(tmp_path, key)
+    assert resumed["steps"] == 30
+    (tmp_path / "whole").mkdir()
+    whole = request_of(experiment, tmp_path / "whole" / "out", save_s=60.0)
+    subprocess.run([*worker[:-1], str(whole)], check=True)
+    assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
+
+
+def request_of(experiment: Path, out: Path, save_s: float) -> Path:
+    from rankrace.bench.experiment import read_experiment
+
+    read = read_experiment(experiment)
+    job = {"method": read.methods[0], "task": read.tasks[0], "seed": 0, "scale": 1.0, "tuning": False}
+    values = {"experiment": read.model_dump(mode="json"), "job": job, "folder": str(out), "device": "cpu",
+              "save_s": save_s}  # fmt: skip
+    path = out.parent / "request.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"methods": ["lora8"], "tasks": ["rte"]}, ("'lora8'", "'lora-r8'")),
+        ({"methods": ["full"], "tasks": ["squad"]}, ("'squad'", "'squad2'")),
+        ({"methods": ["full"], "tasks": ["rte"], "sedes": [0]}, ("'sedes'", "'seeds'")),
+        ({"methods": ["full"], "tasks": ["rte"], "common": {"epohcs": 1}}, ("'epohcs'", "'epochs'")),
+        ({"methods": ["full"], "tasks": ["rte"], "common": {"lr": 1}}, ("'lr'", "tuned")),
+        ({"methods": ["full"], "tasks": ["rte"], "test_max": 0}, ("test_max",)),
+        ({"methods": [], "tasks": ["rte"]}, ("methods",)),
+    ],
+)
+def test_a_bad_experiment_is_refused(
+    tmp_path: Path, bert: Path, values: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    experiment = written(tmp_path, bert, **values)
+    assert_refused(run(experiment), *words, within=tmp_path, left=["grid.yaml"])
+
+
+def test_no_experiment_and_no_such_runner(tmp_path: Path) -> None:
+    assert_refused(rankrace("bench", "run", tmp_path / "none.yaml"), "none.yaml")
+    assert_refused(rankrace("bench", "run", tmp_path / "none.yaml", "--runner", "rya"), "'ray'")
+
+
+def test_two_runners_on_one_folder(tmp_path: Path, bert: Path) -> None:
+    experiment = written(tmp_path, bert, methods=["full"], tasks=["rte"])
+    (tmp_path / "out").mkdir()
+    handle = os.open(tmp_path / "out" / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert_refused(run(experiment), "another runner")
+    os.close(handle)
+
+
+def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path, bert: Path) -> None:
+    """An encoder cannot answer SQuAD; a learning rate of 1e30 diverges; neither stops the others."""
+    experiment = written(tmp_path, bert, methods=["full", "lora-r8"], tasks=["squad2", "rte"],
+                         tuning={"scales": [1.0e+30, 1]})  # fmt: skip
+    ran = run(experiment, "--slots", 0)
+    assert ran.code == 0, ran.err
+    assert "encoder" in record(tmp_path, "squad2--full--seed0--lr1")["error"]
+    diverged = record(tmp_path, "rte--full--seed0--lr1e+30--tuning")
+    assert diverged["status"] == "failed"
+    assert "diverged" in diverged["error"]
+    assert record(tmp_path, "rte--full--seed0--lr1")["status"] == "done"
+    assert "0 runs now" in run(experiment, "--slots", 0).out
+    assert "Failed: squad2--full" in rankrace("bench", "table", tmp_path / "out").out
+
+
+def test_out_of_memory_is_recorded(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from rankrace.train.loop import Trainer
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer, "take_step", full)
+    ran = run(written(tmp_path, bert, methods=["full", "base"], tasks=["rte"]), "--slots", 0)
+    assert "2 runs now, 1 of them failed" in ran.out
+    assert "out of memory" in record(tmp_path, "rte--full--seed0--lr1")["error"]
+
+
+def test_a_metric_that_is_no_number_is_a_failure(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankrace.tasks.task import Task
+
+    monkeypatch.setattr(Task, "score", lambda *_: {"accuracy": math.nan})
+    ran = run(written(tmp_path, bert, methods=["base"], tasks=["rte"]), "--slots", 0)
+    assert "1 of them failed" in ran.out
+    assert "accuracy is not a number" in record(tmp_path, "rte--base--seed0--lr1")["error"]
+
+
+def test_a_table_of_nothing(tmp_path: Path) -> None:
+    assert_refused(rankrace("bench", "table", tmp_path), "no finished run")
+
+
+# --- the table's figures
+
+
+def made(method: str, seed: int, rows: list[float], scale: float = 1.0) -> dict[str, Any]:
+    return {
+        "key": f"{method}{seed}", "method": method, "task": "rte", "seed": seed, "scale": scale, "tuning": False,
+        "status": "done", "error": None, "metrics": {"accuracy": 100 * sum(rows) / len(rows)}, "rows": rows,
+        "parameters": 10, "rank": None, "peak_bytes": 2**30, "time": {"train_s": 2.0, "search_s": 0.5},
+        "baselines": {"empty": {"accuracy": 0.0}}, "hardware": {"device": "cpu"}, "commit": "c", "dirty": False,
+        "settings": {"model": "m"},
+    }  # fmt: skip
+
+
+def test_intervals_best_and_paired_ties() -> None:
+    """100 rows: B misses one row that A has (a tie: se 1), C misses 20 of them."""
+    right = [1.0] * 90 + [0.0] * 10
+    runs = [made("full", s, right) for s in (0, 1, 2)]
+    runs += [made("lora-r8", s, [0.0, *right[1:]]) for s in (0, 1, 2)]
+    runs += [made("shrink", s, [0.0] * 20 + right[20:]) for s in (0, 1, 2)]
+    table = build({r["key"]: r for r in runs})
+    cells = {row.method: row.cells["rte"] for row in table.rows}
+    assert cells["full"].best
+    assert (cells["lora-r8"].behind, cells["lora-r8"].tie) == (pytest.approx(1.0), True)
+    assert cells["lora-r8"].behind_se == pytest.approx(1.0)
+    assert (cells["shrink"].behind, cells["shrink"].tie) == (pytest.approx(20.0), False)
+
+
+def test_the_interval_is_students() -> None:
+    """By a printed table: t(2) = 4.303; s = 1, n = 3."""
+    assert t_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(t_half_width([1.0]))
