@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from commandline import Ran, assert_refused, rankrace
+from rankrace.bench.experiment import Job, read_experiment
+from rankrace.bench.job import perform
 from rankrace.bench.table import build, t_half_width
 from rankrace.tasks import find_task
 from tinyfolder import tiny_bert, tiny_llama
@@ -159,14 +161,12 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     resumed = record(tmp_path, key)
     assert resumed["steps"] == 30
     (tmp_path / "whole").mkdir()
-    whole = request_of(experiment, tmp_path / "whole" / "out", save_s=60.0)
-    subprocess.run([*worker[:-1], str(whole)], check=True)
+    read, job = read_experiment(experiment), Job(**json.loads(request.read_text())["job"])
+    perform(read, job, tmp_path / "whole" / "out", "cpu")
     assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
 
 
 def request_of(experiment: Path, out: Path, save_s: float) -> Path:
-    from rankrace.bench.experiment import read_experiment
-
     read = read_experiment(experiment)
     job = {"method": read.methods[0], "task": read.tasks[0], "seed": 0, "scale": 1.0, "tuning": False}
     values = {"experiment": read.model_dump(mode="json"), "job": job, "folder": str(out), "device": "cpu",
@@ -181,6 +181,27 @@ def wait_for(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: Path, llama: Path) -> None:
+    """On a real local cluster; a process of its own, since Ray changes the one that starts it."""
+    experiment = written(tmp_path, llama, methods=["lora-r8"], tasks=["sst2"], common={"max_steps": 40, "epochs": 40})
+    out = tmp_path / "out"
+    code = (
+        "from pathlib import Path; from rankrace.bench.run import run_experiment;"
+        f"print(run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), runner='ray', device='cpu', save_s=0.0))"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    key = "sst2--lora-r8--seed0--lr1"
+    workers = out / "work" / key
+    wait_for(lambda: len(list(workers.glob("step-*"))) > 1)
+    victim = int((out / "work" / f"{key}.pid").read_text())
+    os.kill(victim, signal.SIGKILL)
+    printed, _ = driver.communicate(timeout=120)
+    assert "(1, 0, 0)" in printed
+    done = record(tmp_path, key)
+    assert (done["status"], done["steps"]) == ("done", 40)
+    assert done["resumed_at"] > 0
 
 
 # --- bad input

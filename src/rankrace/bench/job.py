@@ -104,7 +104,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def failed(error: str) -> dict[str, Any]:
-    return {"status": "failed", "error": error, "metrics": {}, "validation_loss": None, "rows": []}
+    return {"status": "failed", "error": error, "metrics": {}, "validation_loss": None, "rows": [],
+            "baselines": {}}  # fmt: skip
 
 
 def numbers(record: dict[str, Any]) -> list[tuple[str, float]]:
@@ -138,7 +139,8 @@ def measured(
     running = method.prepare(config.model_copy(update={"lr": lr or None}), data, model, kind)
     preparing_s = time.perf_counter() - began
     checkpoints = folder / "work" / job.training
-    training_s = trained(running, checkpoints, save_s, keep=job.tuning)
+    replace_text(folder / "work" / f"{job.training}.pid", str(os.getpid()))
+    resumed_at, training_s = trained(running, checkpoints, save_s, keep=job.tuning)
     peak = None if shared and where.type == "cpu" else peak_bytes()
 
     validation = running.trainer.measure(data.validation.examples)
@@ -160,6 +162,7 @@ def measured(
             "loading_s": round(loading_s, 3),
         },
         "steps": running.trainer.step,
+        "resumed_at": resumed_at,
         "tokens": running.trainer.tokens,
         "peak_bytes": peak,
         "data": {
@@ -194,11 +197,14 @@ def measured(
     return result
 
 
-def trained(running: Running, checkpoints: Path, save_s: float, *, keep: bool) -> float:
-    """Trains to the end, from the newest checkpoint if there is one. Returns the seconds, over all sittings.
+def trained(running: Running, checkpoints: Path, save_s: float, *, keep: bool) -> tuple[int, float]:
+    """Trains to the end, from the newest checkpoint if there is one.
 
     Args:
         keep: save the end, too: the run for the table goes on from that of the tuning.
+
+    Returns:
+        The step from which it went on, and the seconds of training, over all sittings.
     """
     before = 0.0
     found = load_checkpoint(checkpoints) if checkpoints.exists() else None
@@ -206,6 +212,7 @@ def trained(running: Running, checkpoints: Path, save_s: float, *, keep: bool) -
         running.restore(found[0], found[1]["running"])
         before = found[1]["seconds"]
     trainer, began, saving, saved_at = running.trainer, time.perf_counter(), 0.0, time.perf_counter()
+    first = trainer.step
     loss_K = None
 
     def elapsed() -> float:
@@ -229,7 +236,7 @@ def trained(running: Running, checkpoints: Path, save_s: float, *, keep: bool) -
     if keep and loss_K is not None:
         state = {"running": running.state(), "seconds": seconds}
         save_checkpoint(checkpoints, trainer.step, running.tensors(), state)
-    return seconds
+    return first, seconds
 
 
 def source_of(task: Task, splits: Splits, *, classification: bool) -> SourceRows:

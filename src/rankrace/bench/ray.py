@@ -5,6 +5,7 @@ see the results folder.
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ def run_ray(
         RankraceError: Ray is not installed.
     """
     try:
-        import ray
-        from ray.exceptions import RayError
+        ray: Any = import_module("ray")
     except ImportError as error:
         raise RankraceError(
             "--runner ray needs the package ray",
@@ -38,7 +38,7 @@ def run_ray(
         ) from error
     gpu = device != "cpu" and torch.cuda.is_available()
     ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
-    remote: Any = ray.remote(perform).options(
+    remote = ray.remote(perform).options(
         max_retries=RETRIES, num_cpus=1, num_gpus=1 if gpu else 0, scheduling_strategy="SPREAD"
     )
     folder = store.folder.absolute()
@@ -53,7 +53,7 @@ def run_ray(
             job = working.pop(done[0])
             try:
                 yield ray.get(done[0])
-            except RayError as error:
+            except ray.exceptions.RayError as error:
                 what = f"the run's worker was lost {RETRIES + 1} times: {str(error).splitlines()[0]}"
                 yield record_failure(experiment, job, folder, what)
     finally:

@@ -144,7 +144,7 @@ def cells_of(task: str, runs: list[Record]) -> dict[str, Cell]:
 
 def row_of(method: str, tasks: Sequence[str], cells: dict[str, dict[str, Cell]], records: dict[str, Record]) -> Row:
     mine = {task: cells[task][method] for task in tasks if method in cells[task]}
-    runs = [r for r in records.values() if r["method"] == method and r["task"] in tasks]
+    runs = [r for r in records.values() if r["method"] == method]
     done = [r for r in runs if r["status"] == "done" and not r["tuning"]]
     tuning = [r for r in runs if r["status"] == "done" and r["tuning"]]
 

@@ -1,5 +1,6 @@
 """The lm-evaluation-harness as evaluator, for every task that it knows."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ def evaluate_with_lm_eval(
         RankraceError: the harness is not installed, does not know the task, or the adapter is a classifier.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        harness: Any = import_module("lm_eval")
+        models: Any = import_module("lm_eval.models.huggingface")
+        tasks: Any = import_module("lm_eval.tasks")
     except ImportError as error:
         raise RankraceError(
             "--evaluator lm-eval needs the package lm-eval",
@@ -32,7 +33,7 @@ def evaluate_with_lm_eval(
             fix="pip install 'rankrace[lm-eval]'",
         ) from error
     file = Path(task)
-    manager = TaskManager(include_path=str(file.parent) if file.is_file() else None)
+    manager = tasks.TaskManager(include_path=str(file.parent) if file.is_file() else None)
     name = yaml.safe_load(file.read_text(encoding="utf-8"))["task"] if file.is_file() else task
     if name not in manager.all_tasks:
         raise RankraceError(
@@ -47,8 +48,7 @@ def evaluate_with_lm_eval(
             why="lm-eval measures causal language models",
             fix="use --evaluator rankrace",
         )
-    wrapped = HFLM(pretrained=base, tokenizer=load_tokenizer(str(adapter)), batch_size=8)
-    found = simple_evaluate(model=wrapped, tasks=[name], limit=limit, task_manager=manager, bootstrap_iters=0)
-    assert found is not None
+    wrapped = models.HFLM(pretrained=base, tokenizer=load_tokenizer(str(adapter)), batch_size=8)
+    found = harness.simple_evaluate(model=wrapped, tasks=[name], limit=limit, task_manager=manager, bootstrap_iters=0)
     metrics = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
     return {key.removesuffix(",none"): float(value) for key, value in metrics.items()}
