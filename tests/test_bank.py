@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from examples import examples
 from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank, adapter_of, save_adapter
-from rankrace.bank.linear import BankSwitch, dropout_mask
+from rankrace.bank.dropout import DropoutKeys, dropped
 from rankrace.errors import RankraceError
 from rankrace.train.loop import Recipe, Trainer
 from rankrace.train.model import PackedModel
@@ -40,14 +40,14 @@ def in_bank(family: str, ranks: tuple[int, ...] = RANKS, *, dropout: float = 0.0
 
 
 class SameDropout(nn.Module):
-    """The bank's mask for a layer, in the place of PEFT's dropout."""
+    """The bank's dropout of a layer, in the place of PEFT's."""
 
-    def __init__(self, index: int, switch: BankSwitch) -> None:
+    def __init__(self, index: int, keys: DropoutKeys, p: float) -> None:
         super().__init__()
-        self.index, self.switch = index, switch
+        self.index, self.keys, self.p = index, keys, p
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * dropout_mask(self.switch, self.index, x.shape[1], x.shape[2], x.device, x.dtype)
+        return dropped(x, self.keys.of(self.index), self.p)
 
 
 def alone(
@@ -55,7 +55,9 @@ def alone(
 ) -> tuple[list[float], PeftModel]:
     """One PEFT model, plain padding-free loop over single examples, torch's AdamW and clipping."""
     reference = in_bank(family, (rank,), recipe=recipe)  # only for its initial factors and names
-    layers = {n: (A[0, :rank].clone(), i) for i, (n, (A, _)) in enumerate(reference.bank.candidates.factors.items())}
+    # Siblings share a mask: that of the first of them.
+    index = {n: reference.bank.layers[names[0]].index for names in reference.bank.siblings for n in names}
+    layers = {n: (A[0, :rank].clone(), index[n]) for n, (A, _) in reference.bank.candidates.factors.items()}
     classes = family in CLASSIFYING
     peft_model = get_peft_model(
         tiny(family),
@@ -67,20 +69,20 @@ def alone(
             task_type="SEQ_CLS" if classes else "CAUSAL_LM",
         ),
     )
-    switch = BankSwitch(dropout=dropout, seed=3)
+    keys = DropoutKeys(3, len(layers), torch.device("cpu"))
     for name, (A, index) in layers.items():
         layer: Any = peft_model.get_submodule(f"base_model.model.{name}")
         layer.lora_A["default"].weight.data = A
         layer.lora_A.double(), layer.lora_B.double()
         if dropout:
-            layer.lora_dropout["default"] = SameDropout(index, switch)
+            layer.lora_dropout["default"] = SameDropout(index, keys, dropout)
     peft_model.double()
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=recipe.weight_decay)
     losses = []
     for step in range(STEPS):
         batch = [i for row in reference.batch(step).micros for i in row]
-        switch.step = step
+        keys.renew(step, 0)
         total, targets = torch.zeros((), dtype=torch.float64), 0
         for i in batch:
             e = reference.train[i]

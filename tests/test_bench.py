@@ -189,7 +189,8 @@ def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: P
     out = tmp_path / "out"
     code = (
         "from pathlib import Path; from rankrace.bench.run import run_experiment;"
-        f"print(run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), runner='ray', device='cpu', save_s=0.0))"
+        f"print(run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), runner='ray', "
+        "device='cpu', save_s=0.0))"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     key = "sst2--lora-r8--seed0--lr1"

@@ -312,7 +312,6 @@ def test_ctrl_c_while_finishing_prints_the_command_too(
     runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = as_of(undisturbed("shrink"), tmp_path / "out")
-    # While the card is written: in others' code, such as a destructor's, an interrupt may be lost.
     stopped = runs([*runs.arguments("shrink", out), "--resume"], out, die_at="README.md", by=signal.SIGINT)
     assert stopped.code == 130
     assert not (out / "result.json").exists()

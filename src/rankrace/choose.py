@@ -121,9 +121,10 @@ def search(
 
 @contextmanager
 def lent(model: PreTrainedModel) -> Iterator[None]:
-    """The model comes back as it was, whatever happens: its modules, their modes, what is trainable, attention."""
+    """The model comes back as it was, whatever happens: modules, forwards, modes, what is trainable, attention."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     modes = {name: module.training for name, module in modules.items()}
+    forwards = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
     trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
     attention = model.config._attn_implementation
     assert attention is not None, "Transformers sets an attention implementation on every model"
@@ -135,6 +136,9 @@ def lent(model: PreTrainedModel) -> Iterator[None]:
             if name:
                 setattr(model.get_submodule(parent), child, module)
             module.training = modes[name]
+            vars(module).pop("forward", None)  # a compiled one
+            if name in forwards:
+                module.forward = forwards[name]
         for name, parameter in parameters.items():
             parameter.requires_grad_(trainable[name])
         model.set_attn_implementation(attention)

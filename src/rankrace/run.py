@@ -88,11 +88,11 @@ def train(config: RunConfig) -> Result:
             clock.before, clock.evaluation = state["seconds"], state["evaluation_seconds"]
             progress.say(f"Resumed after step {session.trainer.step} of {session.trainer.total}.")
         with Interrupts() as interrupts:
-            drive(session, folder, clock, progress, interrupts)
-        try:
-            return finish(session, tokenizer, folder, clock, progress)
-        except KeyboardInterrupt:
-            raise Interrupted(resume_command(folder)) from None
+            try:
+                drive(session, folder, clock, progress, interrupts)
+                return finish(session, tokenizer, folder, clock, progress, interrupts)
+            except KeyboardInterrupt:
+                raise Interrupted(resume_command(folder)) from None
 
 
 def continued(started: RunConfig, now: RunConfig) -> RunConfig:
@@ -171,6 +171,11 @@ def drive(session: Session, folder: OutputFolder, clock: Clock, progress: Progre
             save()
         if asked:
             break
+    stop_if_asked(interrupts, folder)
+
+
+def stop_if_asked(interrupts: Interrupts, folder: OutputFolder) -> None:
+    """Raises Interrupted after a Ctrl-C."""
     if interrupts.asked:
         raise Interrupted(resume_command(folder))
 
@@ -202,13 +207,19 @@ def finish(
     folder: OutputFolder,
     clock: Clock,
     progress: Progress,
+    interrupts: Interrupts,
 ) -> Result:
-    """Measures the finished adapter on fresh examples and writes everything; result.json comes last."""
+    """Measures the finished adapter on fresh examples and writes everything; result.json comes last.
+
+    Raises:
+        Interrupted: Ctrl-C, before the last file; what is written already is written again.
+    """
     progress.phase("measuring the adapter")
     began = time.perf_counter()
     final = session.trainer.measure(session.fresh)
     clock.evaluation += time.perf_counter() - began
     alarm_if_diverged(final.mean_K.tolist(), session.trainer.step)
+    stop_if_asked(interrupts, folder)
     result = describe(session, final, clock)
     settings = session.config.model_dump(mode="json", exclude={"resume"})
     bank = session.trainer.bank
@@ -216,6 +227,7 @@ def finish(
         save_adapter(bank, adapter_of(bank, 0), partial)
         tokenizer.save_pretrained(partial)
         write_card(result, settings, partial / "README.md")
+    stop_if_asked(interrupts, folder)
     with writing(folder.root):
         write_report(result, settings, folder.report)
         result.write(folder.result)

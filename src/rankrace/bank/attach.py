@@ -3,19 +3,21 @@
 Shapes: K candidates, R padded rank (a multiple of 8), D_in / D_out the widths of a layer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rankrace.bank.dropout import DropoutKeys, counter_seed
 from rankrace.bank.flat import Flat
 from rankrace.bank.head import BankHead
-from rankrace.bank.linear import BankLinear, BankSwitch, counter_seed, linear_shape
+from rankrace.bank.linear import BankLinear, BankSwitch, Siblings, linear_shape
+from rankrace.bank.siblings import find_siblings
 from rankrace.bank.spectrum import Spectrum, spectra
 from rankrace.errors import RankraceError
 
@@ -95,6 +97,7 @@ class Loaded:
     def __init__(self, candidates: Candidates, values: Flat, gradients: Flat | None, compute: Flat) -> None:
         self.candidates, self.values, self.compute = candidates, values, compute
         self._gradients = gradients
+        self.trainable = gradients is not None
         first = values.all_KP
         self.multiplier_K = torch.tensor(candidates.multipliers, dtype=first.dtype, device=first.device)
         self._P_A = sum(A[0].numel() for A, _ in candidates.factors.values())
@@ -156,9 +159,9 @@ class Bank:
         self.model = model
         self.seed = seed
         self.dropout = dropout
-        self.switch = BankSwitch(seed=seed)
         model.requires_grad_(False)
         targets = find_targets(model, target_modules)
+        self.switch = BankSwitch(keys=DropoutKeys(seed, len(targets), model.device))
         self.heads = {
             name: BankHead(module, self.switch)
             for name, module in model.named_children()
@@ -168,6 +171,22 @@ class Bank:
         for name, replacement in {**self.layers, **self.heads}.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement)
+        self.siblings = {(name,): layer.siblings for name, layer in self.layers.items()}
+        self._loaded: Loaded | None = None
+
+    def find_siblings(self, run: Callable[[], Any]) -> None:
+        """From now on layers that `run`, a pass of the base, calls with one tensor are computed together."""
+        with self.off(), torch.no_grad():
+            groups = find_siblings(self.layers, run)
+        self.siblings = {}
+        for names in groups:
+            layers = [self.layers[n] for n in names]
+            siblings = Siblings(layers, self.switch)
+            for layer in layers:
+                layer.siblings = siblings
+            self.siblings[names] = siblings
+        if self._loaded is not None:
+            self.install(self._loaded)
 
     def detach(self) -> None:
         """Puts the model's own modules back."""
@@ -207,14 +226,23 @@ class Bank:
 
     def install(self, loaded: "Loaded") -> None:
         """Points the layers at these candidates."""
-        self.loaded = loaded
+        self._loaded = loaded
         self.switch.active = slice(0, len(loaded.candidates.ranks))
         for name, layer in self.layers.items():
             layer.A_KRD, layer.B_KDR = (loaded.parameter(f"{name}.{ab}") for ab in "AB")
-            layer.compute_A_KRD, layer.compute_sB_KDR = (loaded.compute.views[f"{name}.{ab}"] for ab in "AB")
-            layer.multiplier_K = loaded.multiplier_K
+            layer.compute_sB_KDR = loaded.compute.views[f"{name}.B"]
+        for names, siblings in self.siblings.items():
+            A = [f"{name}.A" for name in names]
+            siblings.multiplier_K = loaded.multiplier_K
+            siblings.compute_A_KRD = loaded.compute.joined(A)
+            siblings.A_grad_KRD = loaded.gradients.joined(A) if loaded.trainable else None
         for name, head in self.heads.items():
             head.stacked = nn.ParameterList([loaded.parameter(f"{name}.{i}") for i in range(len(head.names))])
+
+    @property
+    def loaded(self) -> "Loaded":
+        assert self._loaded is not None, "no candidates: see start and load"
+        return self._loaded
 
     @property
     def candidates(self) -> Candidates:
@@ -238,6 +266,8 @@ class Bank:
         """Brings what the products use up to date with the factors; to be called before each pass."""
         if self.switch.enabled:
             self.loaded.refresh()
+        for siblings in self.siblings.values():
+            siblings.forget()  # what a pass that failed half-way may have left
 
     @contextmanager
     def borrowed(self, candidates: Candidates) -> Iterator[None]:
@@ -273,7 +303,9 @@ class Bank:
     @contextmanager
     def training(self, step: int, micro: int) -> Iterator[None]:
         """Dropout on, with the masks of this step and micro-batch."""
-        self.switch.dropout, self.switch.step, self.switch.micro = self.dropout, step, micro
+        self.switch.dropout = self.dropout
+        if self.dropout:
+            self.switch.keys.renew(step, micro)
         try:
             yield
         finally:

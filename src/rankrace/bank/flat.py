@@ -4,6 +4,7 @@ Shapes: K candidates (outermost everywhere), P trainable values of one candidate
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ class Flat:
         for name, size in sizes.items():
             begin, end = end, end + size
             self.views[name] = self.all_KP[:, begin:end].unflatten(1, tuple(shapes[name]))
+
+    def joined(self, names: Sequence[str]) -> Tensor:
+        """Neighbours of shapes [K, R, D] as one [K, ΣR, D], without a copy."""
+        views = [self.views[name] for name in names]
+        for one, next_ in pairwise(views):
+            assert next_.storage_offset() == one.storage_offset() + one[0].numel(), f"{names} do not lie side by side"
+        K, _, D = views[0].shape
+        return views[0].as_strided((K, sum(v.shape[1] for v in views), D), views[0].stride())
 
     @staticmethod
     def like(tensors: Mapping[str, Tensor]) -> "Flat":

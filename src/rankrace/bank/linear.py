@@ -1,10 +1,11 @@
-"""One adapted linear layer: K LoRA candidates over one frozen base.
+"""Adapted linear layers: K LoRA candidates over one frozen base, siblings (q, k, v; gate, up) in one product.
 
-Shapes: K candidates, T tokens of one packed row, D_in / D_out the base layer's widths, R the padded rank.
-Activations carry the candidates outermost: [K, T, D], or any reshape of it that keeps them outermost.
+Shapes: K candidates, T tokens of one packed row, D_in / D_out the base layer's widths, R the padded rank, ΣR the
+sum of the siblings' ranks. Activations carry the candidates outermost: [K, T, D], or any reshape of it that keeps
+them outermost (x, y and their gradients g below).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+from rankrace.bank.dropout import DropoutKeys, dropped
 
 
 @dataclass(kw_only=True)
@@ -24,10 +27,10 @@ class BankSwitch:
     """False: the plain base model."""
     dropout: float = 0.0
     """0 outside training steps."""
-    seed: int = 0
-    step: int = 0
-    micro: int = 0
-    """(seed, step, micro) and the layer's index fix its dropout mask."""
+    keys: DropoutKeys
+    """Fix the masks of this pass."""
+    drop: Callable[[Tensor, Tensor, float], Tensor] = dropped
+    """`dropped`, or the same compiled."""
 
     @property
     def count(self) -> int:
@@ -48,92 +51,160 @@ class BankLinear(nn.Module):
         self.index = index
         self.d_in, self.d_out = linear_shape(base)
         self.switch = switch
+        self.siblings = Siblings([self], switch)
         self.A_KRD = nn.Parameter(torch.empty(0, 0, self.d_in))
         self.B_KDR = nn.Parameter(torch.empty(0, self.d_out, 0))
-        self.multiplier_K = torch.empty(0)
-        # What the products use: A, and B with the multiplier in it, in the compute type (Bank.refresh).
-        self.compute_A_KRD = torch.empty(0)
+        # What the product uses: B with the multiplier in it, in the compute type (Bank.refresh).
         self.compute_sB_KDR = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.switch.enabled:
             return self.base(x)
-        out_KTD = _Adapt.apply(x.reshape(self.switch.count, -1, self.d_in), self.A_KRD, self.B_KDR, self)
-        return out_KTD.view(*x.shape[:-1], self.d_out)  # type: ignore[union-attr]
+        return self.siblings.output(self, x)
+
+
+class Siblings:
+    """Layers that read the same tensor, in the order of the bank: the first that is called computes for all.
+
+    A layer that is called with another tensor than its siblings were gets its output all the same.
+    """
+
+    def __init__(self, layers: Sequence[BankLinear], switch: BankSwitch) -> None:
+        self.layers, self.switch = tuple(layers), switch
+        self.multiplier_K = torch.empty(0)
+        # All siblings' A as one [K, ΣR, D_in] in the compute type, and its gradient: see Bank.install.
+        self.compute_A_KRD = torch.empty(0)
+        self.A_grad_KRD: Tensor | None = None
+        self._handed: list[Tensor] = []
+        self.forget()
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """Of all siblings."""
+        if not self.switch.enabled:
+            return [layer.base(x) for layer in self.layers]
+        # A parameter among the arguments: the output has a gradient even where x has none.
+        return list(_Adapt.apply(x, self.layers[0].A_KRD, self))  # type: ignore[arg-type]
+
+    def output(self, layer: BankLinear, x: Tensor) -> Tensor:
+        """Of one sibling; those of the others are kept until they are called."""
+        if layer not in self._ready or x is not self._input or x._version != self._version:
+            self._input, self._version = x, x._version
+            self._ready = dict(zip(self.layers, self.outputs(x), strict=True))
+        y = self._ready.pop(layer)
+        if not self._ready:
+            self.forget()
+        return y
+
+    def lead(self, x: Tensor) -> Tensor:
+        """Of the first sibling; the others' hang on x, in their order, for compiled code to take: see `follow`."""
+        first, *self._handed = self.outputs(x)
+        x.adapted = self._handed  # type: ignore[attr-defined]
+        return first
+
+    def dropout(self, x_KTD: Tensor, p: float) -> Tensor:
+        """Siblings share one mask, as the parts of a fused qkv layer do."""
+        return self.switch.drop(x_KTD.detach(), self.switch.keys.of(self.layers[0].index), p) if p else x_KTD
+
+    def forget(self) -> None:
+        """Lets go of outputs that nobody has asked for."""
+        self._input: Tensor | None = None
+        self._version = 0
+        self._ready: dict[BankLinear, Tensor] = {}
+        self._handed.clear()
+
+
+def follow(x: Tensor) -> Tensor:
+    """The output of a sibling that is not the first, out of the graph that it is traced into."""
+    return x.adapted.pop(0)  # type: ignore[attr-defined]
 
 
 class _Adapt(torch.autograd.Function):
-    """base(x) + s·x Aᵀ Bᵀ, with its own backward.
+    """base(x) + s·x Aᵀ Bᵀ for all siblings, with its own backward.
 
-    The adapters' products run per candidate (bmm), never over a concatenation of factors, where 0·NaN would carry
-    one candidate's divergence into the others, and end in the memory of the base's product. Saved are x (shared by
-    all layers that read it) and x Aᵀ; masks of dropout are drawn again. Gradients of the factors are added to the
-    full-precision ones at once.
+    The adapters' products run per candidate (bmm), never over a concatenation of candidates, where 0·NaN would carry
+    one's divergence into the others, and end in the memory of the base's product. Saved are x and x Aᵀ, once for all
+    siblings; dropout is drawn again. Gradients of the factors are added to the full-precision ones at once, and the
+    siblings' gradients of x are added up by the products themselves.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_KTD: Tensor, A_KRD: Tensor, B_KDR: Tensor, layer: BankLinear) -> Tensor:
-        s = layer.switch
-        active = s.active
-        A, sB = layer.compute_A_KRD[active], layer.compute_sB_KDR[active]
-        ctx.dropped = s.dropout > 0
-        mask_TD = layer_mask(layer, x_KTD) if ctx.dropped else None
-        ctx.base, y_KTD = base_product(layer.base, x_KTD)
-        h_KTR = torch.bmm(x_KTD if mask_TD is None else x_KTD * mask_TD, A.transpose(1, 2))
-        ctx.save_for_backward(x_KTD, h_KTR, A, sB)
-        ctx.layer, ctx.active, ctx.factors = layer, active, (A_KRD, B_KDR)
-        return y_KTD.baddbmm_(h_KTR, sB.transpose(1, 2))
+    def forward(ctx: Any, x: Tensor, A_KRD: Tensor, siblings: Siblings) -> tuple[Tensor, ...]:
+        s, layers = siblings.switch, siblings.layers
+        A, sBs = siblings.compute_A_KRD[s.active], [layer.compute_sB_KDR[s.active] for layer in layers]
+        ctx.siblings, ctx.active, ctx.K, ctx.p = siblings, s.active, s.count, s.dropout
+        h_KTR = torch.bmm(siblings.dropout(per_candidate(x, ctx.K), ctx.p), A.mT)
+        ctx.bases, ys = zip(*(base_product(layer.base, x) for layer in layers), strict=True)
+        ctx.save_for_backward(x, h_KTR, A, *sBs)
+        for y, h, sB in zip(ys, parts(h_KTR, sBs), sBs, strict=True):
+            y.view(ctx.K, -1, y.shape[-1]).baddbmm_(h, sB.mT)
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (g_KTD,) = grads
-        x_KTD, h_KTR, A, sB = ctx.saved_tensors
-        mask_TD = layer_mask(ctx.layer, x_KTD) if ctx.dropped else None
-        gh_KTR = torch.bmm(g_KTD, sB)
-        dropped_KTD = x_KTD if mask_TD is None else x_KTD * mask_TD
-        scale_K = ctx.layer.multiplier_K[ctx.active, None, None]
-        A_grad, B_grad = (p.grad[ctx.active] for p in ctx.factors)
-        A_grad.add_(torch.bmm(gh_KTR.transpose(1, 2), dropped_KTD))
-        B_grad.addcmul_(torch.bmm(g_KTD.transpose(1, 2), h_KTR).to(B_grad.dtype), scale_K)
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        siblings, active = ctx.siblings, ctx.active
+        x, h_KTR, A, *sBs = ctx.saved_tensors
+        scale_K = siblings.multiplier_K[active, None, None]
+        gh_KTR = torch.empty_like(h_KTR)
+        sides = zip(siblings.layers, gs, sBs, parts(h_KTR, sBs), parts(gh_KTR, sBs), strict=True)
+        for layer, g, sB, h, gh in sides:
+            g_KTD, B_grad = per_candidate(g, ctx.K), layer.B_KDR.grad[active]
+            torch.bmm(g_KTD, sB, out=gh)
+            B_grad.addcmul_(torch.bmm(g_KTD.mT, h).to(B_grad.dtype), scale_K)
+        x_KTD = per_candidate(x, ctx.K)
+        siblings.A_grad_KRD[active].add_(torch.bmm(gh_KTR.mT, siblings.dropout(x_KTD, ctx.p)))
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        gx_KTD = ctx.base(g_KTD)
-        if mask_TD is None:
-            gx_KTD.baddbmm_(gh_KTR, A)
+            return None, None, None
+        first, *others = zip(ctx.bases, gs, strict=True)
+        gx: Tensor = first[0](first[1], None)
+        for base, g in others:
+            gx = base(g, gx)
+        gx_KTD = gx.view(x_KTD.shape)
+        if ctx.p:
+            gx_KTD.add_(siblings.dropout(torch.bmm(gh_KTR, A), ctx.p))
         else:
-            gx_KTD.add_(torch.bmm(gh_KTR, A).mul_(mask_TD))
-        return gx_KTD, None, None, None
+            gx_KTD.baddbmm_(gh_KTR, A)
+        return gx, None, None
 
 
-def base_product(base: nn.Module, x_KTD: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """(g ↦ the gradient of base(x) with respect to x, base(x)), both in memory that nobody else reads.
+def per_candidate(x: Tensor, K: int) -> Tensor:
+    """[K, T, D] of activations in any shape that keeps the candidates outermost."""
+    return x.reshape(K, -1, x.shape[-1])
+
+
+def parts(h_KTR: Tensor, sBs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each sibling's share of [K, T, ΣR], as views."""
+    return h_KTR.split([sB.shape[2] for sB in sBs], dim=2)
+
+
+InputGradient = Callable[[Tensor, Tensor | None], Tensor]
+"""(g, sum) ↦ sum + the gradient of base(x) with respect to x, in the memory of the sum if there is one."""
+
+
+def base_product(base: nn.Module, x: Tensor) -> tuple[InputGradient, Tensor]:
+    """(the way back, base(x)), both in memory that nobody else reads.
 
     Plain layers keep nothing for it but their weight. Any other (a quantised one) brings its own autograd.
     """
     if type(base) is nn.Linear or type(base) is Conv1D:
         W_OD = base.weight if type(base) is nn.Linear else base.weight.T
-        y_KTD = torch.nn.functional.linear(x_KTD, W_OD, base.bias)
-        return lambda g_KTD: g_KTD @ W_OD, y_KTD
+
+        def through_weight(g: Tensor, total: Tensor | None) -> Tensor:
+            if total is None:
+                return g @ W_OD
+            total.view(-1, W_OD.shape[1]).addmm_(g.reshape(-1, W_OD.shape[0]), W_OD)
+            return total
+
+        return through_weight, torch.nn.functional.linear(x, W_OD, base.bias)
     with torch.enable_grad():
-        x = x_KTD.detach().requires_grad_()
-        y = base(x)
-    return lambda g_KTD: torch.autograd.grad(y, x, g_KTD)[0].clone(), y.detach().clone()
+        own_x = x.detach().requires_grad_()
+        y = base(own_x)
 
+    def through_graph(g: Tensor, total: Tensor | None) -> Tensor:
+        (gx,) = torch.autograd.grad(y, own_x, g)
+        return gx.clone(memory_format=torch.contiguous_format) if total is None else total.add_(gx)
 
-def layer_mask(layer: BankLinear, x_KTD: Tensor) -> Tensor:
-    """The layer's dropout mask in this pass."""
-    return dropout_mask(layer.switch, layer.index, x_KTD.shape[1], layer.d_in, x_KTD.device, x_KTD.dtype)
-
-
-def dropout_mask(
-    switch: BankSwitch, layer: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """[T, D_in], 0 or 1/(1-p): the same for every candidate, whichever others run beside it."""
-    seed = counter_seed(switch.seed, layer, switch.step, switch.micro)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    keep_TD = torch.rand(tokens, width, generator=generator) >= switch.dropout
-    return keep_TD.to(device=device, dtype=dtype).div_(1 - switch.dropout)
+    return through_graph, y.detach().clone(memory_format=torch.contiguous_format)
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:
@@ -143,15 +214,3 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
     if isinstance(base, Conv1D):  # GPT-2: its weight is [D_in, D_out]
         return base.nx, base.nf
     raise TypeError(f"not an adaptable layer: {type(base).__name__}")
-
-
-def counter_seed(*counters: int) -> int:
-    """One 63-bit seed from several counters (splitmix64 steps), so that no random state needs to be kept."""
-    mask = (1 << 64) - 1
-    z = 0
-    for c in counters:
-        z = (z + c + 0x9E3779B97F4A7C15) & mask
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        z ^= z >> 31
-    return z >> 1

@@ -5,6 +5,7 @@ Shapes: P trainable values.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,9 @@ class Parameters:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def find_siblings(self, run: Callable[[], Any]) -> None:
+        """The model's own layers, PEFT's too, compute each by itself."""
 
     @torch.no_grad()
     def refresh(self) -> None:

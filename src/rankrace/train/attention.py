@@ -1,11 +1,11 @@
 """Attention over packed rows: examples lie end to end, and none sees another.
 
-Shapes: K candidates, T tokens of the packed row, N examples in it, L the longest of them, H / G query / key
-heads, D head width. Transformers calls an attention function with query [K, H, T, D], key and value
-[K, G, T, D] and wants [K, T, H, D] back.
+Shapes: K candidates, T tokens of the packed row, M = K·T, N examples in it, L the longest of them, H / G query /
+key heads, D head width. All candidates' copies of the row lie end to end in one of M tokens: Transformers calls an
+attention function with query [1, H, M, D], key and value [1, G, M, D] and wants [1, M, H, D] back.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -39,13 +39,12 @@ class Layout:
     candidates: int
     """K"""
 
-    @cached_property
-    def cu_seqlens_KN(self) -> Tensor:
-        """[K·N + 1] int32: the same for all candidates' copies, one behind the other."""
-        device, K, T = self.cu_seqlens.device, self.candidates, self.tokens
-        offsets_K1 = torch.arange(K, dtype=torch.int32, device=device)[:, None] * T
-        end = torch.full((1,), K * T, dtype=torch.int32, device=device)
-        return torch.cat([(offsets_K1 + self.cu_seqlens[:-1]).flatten(), end])
+    cu_seqlens_KN: Tensor = field(init=False)
+    """[K·N + 1] int32: the same for all candidates' copies, one behind the other."""
+
+    def __post_init__(self) -> None:
+        end = torch.full((1,), self.candidates * self.tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        self.cu_seqlens_KN = torch.cat([self.copies(self.cu_seqlens[:-1], self.tokens), end])
 
     @cached_property
     def valid_NL(self) -> Tensor:
@@ -58,19 +57,29 @@ class Layout:
         return None if bool(self.valid_NL.all()) else self.valid_NL.to(self.cu_seqlens.device)
 
     @cached_property
-    def grid_NL(self) -> Tensor:
-        """[N·L]: the token in each cell of the padded grid; padding cells name the row's first token."""
+    def token_KNL(self) -> Tensor:
+        """[K·N·L]: the token in each cell of the padded grid; padding cells name the row's first token."""
         length_N = torch.tensor(self.lengths_N)
         start_N = torch.cumsum(length_N, 0) - length_N
         position_L = torch.arange(self.longest)
-        cells_NL = torch.where(self.valid_NL, start_N[:, None] + position_L[None], 0)
-        return cells_NL.flatten().to(self.cu_seqlens.device)
+        token_NL = torch.where(self.valid_NL, start_N[:, None] + position_L[None], 0)
+        return self.copies(token_NL.flatten().to(self.cu_seqlens.device), self.tokens)
 
     @cached_property
-    def cell_T(self) -> Tensor:
-        """[T]: the cell of each token."""
-        cells_NL = torch.arange(self.valid_NL.numel()).view_as(self.valid_NL)
-        return cells_NL[self.valid_NL].to(self.cu_seqlens.device)
+    def cell_M(self) -> Tensor:
+        """[M]: the cell of each token."""
+        cell_NL = torch.arange(self.valid_NL.numel()).view_as(self.valid_NL)
+        return self.copies(cell_NL[self.valid_NL].to(self.cu_seqlens.device), self.valid_NL.numel())
+
+    def copies(self, places: Tensor, size: int) -> Tensor:
+        """The same places for every candidate, whose part has this size."""
+        offset_K = torch.arange(self.candidates, dtype=places.dtype, device=places.device) * size
+        return (offset_K[:, None] + places).flatten()
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's flash attention runs there."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def packed_attention(
@@ -93,68 +102,63 @@ def packed_attention(
             why="its attention uses a mask or a soft cap of its own, or does not pass the sequence boundaries on",
             fix="use a model whose attention goes through Transformers' attention interface",
         )
+    # No copies: projections have tokens outermost, and rotary embeddings keep their order.
+    q_MHD, k_MGD, v_MGD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     causal = bool(module.is_causal)
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (window is None or HAS_WINDOW):
-        return varlen(query, key, value, layout, scaling, causal, window), None
-    return padded(query, key, value, layout, scaling, causal, window), None
+    flash = has_flash(query.device, query.dtype) and (window is None or HAS_WINDOW)
+    by_boundaries = varlen if flash else padded
+    return by_boundaries(q_MHD, k_MGD, v_MGD, layout, scaling, causal, window)[None], None
 
 
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
+    q_MHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
 ) -> Tensor:
     """Flash attention over the boundaries; no padding at all."""
-    K, H, T, D = q.shape
     options: dict[str, Any] = {"scale": scaling}
     if HAS_WINDOW:
         reach = -1 if window is None else window - 1
         options["window_size"] = (reach, 0 if causal else reach)
     else:
         options["is_causal"] = causal
-    if k.shape[1] != H:
+    times = q_MHD.shape[1] // k_MGD.shape[1]
+    if times > 1:
         if HAS_GQA:
             options["enable_gqa"] = True
         else:
-            k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-
-    def rows(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).reshape(K * T, -1, D)
-
+            k_MGD, v_MGD = (x.repeat_interleave(times, 1) for x in (k_MGD, v_MGD))
     cu, L = layout.cu_seqlens_KN, layout.longest
-    out = varlen_attn(rows(q), rows(k), rows(v), cu, cu, L, L, **options)
-    assert isinstance(out, Tensor)
-    return out.view(K, T, H, D)
+    out_MHD = varlen_attn(q_MHD, k_MGD, v_MGD, cu, cu, L, L, **options)
+    assert isinstance(out_MHD, Tensor)
+    return out_MHD
 
 
 def padded(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
+    q_MHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, layout: Layout, scaling: float, causal: bool, window: int | None
 ) -> Tensor:
     """The exact fallback for any device and dtype: only the attention itself is padded.
 
     With the padding on the right, causality alone hides it from every real token.
     """
-    K, H, _, D = q.shape
     L = layout.longest
 
-    def grid(x: Tensor) -> Tensor:
-        heads = x.shape[1]
-        x = x.transpose(1, 2).index_select(1, layout.grid_NL)  # [K, N·L, heads, D]
-        return x.reshape(-1, L, heads, D).transpose(1, 2)
+    def grid(x_MHD: Tensor) -> Tensor:
+        return x_MHD.index_select(0, layout.token_KNL).unflatten(0, (-1, L)).transpose(1, 2)
 
     mask = None
     if window is not None:
-        i, j = torch.arange(L, device=q.device)[:, None], torch.arange(L, device=q.device)[None]
+        i, j = torch.arange(L, device=q_MHD.device)[:, None], torch.arange(L, device=q_MHD.device)[None]
         mask = (j > i - window) & (j <= i) if causal else (i - j).abs() < window
         mask = mask[None, None]
     if layout.ragged_NL is not None and not causal:
-        keys = layout.ragged_NL.repeat(K, 1)[:, None, None]
+        keys = layout.ragged_NL.repeat(layout.candidates, 1)[:, None, None]
         mask = keys if mask is None else mask & keys
     out = scaled_dot_product_attention(
-        grid(q), grid(k), grid(v),
-        attn_mask=mask, is_causal=causal and mask is None, scale=scaling, enable_gqa=k.shape[1] != H,
+        grid(q_MHD), grid(k_MGD), grid(v_MGD),
+        attn_mask=mask, is_causal=causal and mask is None, scale=scaling,
+        enable_gqa=k_MGD.shape[1] != q_MHD.shape[1],
     )  # fmt: skip
-    out = out.transpose(1, 2).reshape(K, -1, H, D)
-    return out.index_select(1, layout.cell_T)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.cell_M)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -1,29 +1,59 @@
-"""Fuses what lies between a model's matrix products: norms, rotary embeddings, SwiGLU, residuals.
+"""Fuses what lies between a model's matrix products: norms, rotary embeddings, SwiGLU, residuals, dropout.
 
-Each block of the trunk is compiled; the adapted layers and the attention stay outside, so that a block falls into a
-few pieces without any product in them. All blocks share one compilation, and token counts are dynamic.
+Each block of the trunk is compiled; the adapted layers stay outside, so that a block falls into a few pieces, one
+more than it has groups of siblings. From q, k and v to the attention and back no copy is left: tokens are outermost
+on the whole way. All blocks share one compilation, and token counts are dynamic.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rankrace.bank import Bank
-from rankrace.bank.linear import BankLinear
-from rankrace.train.attention import packed_attention
+from rankrace.bank.dropout import dropped
+from rankrace.bank.linear import BankLinear, follow
+from rankrace.train import attention
 
-ATTENTION = "rankrace_packed_uncompiled"
+APART = "rankrace_packed_apart"
 
 
-def compile_blocks(bank: Bank) -> None:
-    """Compiles the blocks of the bank's model at their next call."""
-    AttentionInterface.register(ATTENTION, torch.compiler.disable(packed_attention))
-    bank.model.set_attn_implementation(ATTENTION)
-    for layer in bank.layers.values():
-        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
-    # The first block's input needs no gradient: compiling it too would double the compilations for one block.
-    for block in blocks(bank)[1:]:
-        block.compile(dynamic=True)
+def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
+    """Compiles the blocks of the bank's model at their next call; `uncompile` undoes it."""
+    bank.model.set_attn_implementation(attention.NAME)
+    if not attention.has_flash(bank.device, bank.model.dtype):
+        # Flash attention is an operation that compiled code can call. The padded fallback is many, of changing sizes.
+        AttentionInterface.register(APART, torch.compiler.disable(attention.packed_attention))
+        bank.model.set_attn_implementation(APART)
+    bank.switch.drop = torch.compile(dropped, dynamic=True, backend=backend)
+    for siblings in bank.siblings.values():
+        first, *others = siblings.layers
+        first.forward = torch.compiler.disable(siblings.lead)  # type: ignore[method-assign]
+        for layer in others:
+            layer.forward = follow
+    all_blocks = blocks(bank)
+    for block in all_blocks:
+        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
+    all_blocks[0].forward = with_gradient(all_blocks[0].forward)
+
+
+def uncompile(bank: Bank) -> None:
+    """The eager path again."""
+    for module in [*bank.layers.values(), *blocks(bank)]:
+        del module.forward
+    bank.switch.drop = dropped
+    bank.model.set_attn_implementation(attention.NAME)
+
+
+def with_gradient(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The first block's input needs no gradient. Asking for one spares a second compilation, for one block."""
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(x.requires_grad_() if torch.is_grad_enabled() else x, *args, **kwargs)
+
+    return run
 
 
 def blocks(bank: Bank) -> list[nn.Module]:

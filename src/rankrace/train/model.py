@@ -3,11 +3,13 @@
 Shapes: K candidates, T tokens of a packed row, S targets in it, D model width, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rankrace.data.encoded import Encoded, Task
+from rankrace.data.encoded import NO_LABEL, Encoded, Task
 from rankrace.data.pack import Packed, pack
 from rankrace.errors import RankraceError
 from rankrace.train import attention
@@ -58,6 +60,7 @@ class PackedModel(Generic[B]):
         # The base's own dropout stays off: candidates are compared on equal terms, and the adapters have theirs.
         model.eval()
         model.set_attn_implementation(attention.NAME)
+        bank.find_siblings(lambda: self.hidden(one_token().to(model.device), 1))
 
     def pack(self, examples: Sequence[Encoded], indices: Sequence[int]) -> Packed:
         """These examples as one packed row, on the host."""
@@ -92,11 +95,14 @@ class PackedModel(Generic[B]):
             longest=packed.max_seqlen,
             candidates=K,
         )
-        inputs: dict[str, Any] = {"input_ids": packed.input_ids_T.expand(K, -1)}
-        inputs["position_ids"] = (packed.position_ids_T + self.position_offset).expand(K, -1)
+        # One row of K·T tokens, not K rows: what is compiled then knows nothing of K.
+        inputs: dict[str, Any] = {"input_ids": packed.input_ids_T.repeat(1, K)}
+        inputs["position_ids"] = (packed.position_ids_T + self.position_offset).repeat(1, K)
         if packed.token_types_T is not None:
-            inputs["token_type_ids"] = packed.token_types_T.expand(K, -1)
-        return self.trunk(**inputs, use_cache=False, layout=layout).last_hidden_state
+            inputs["token_type_ids"] = packed.token_types_T.repeat(1, K)
+        with without_pooler(self.trunk):
+            h_1MD = self.trunk(**inputs, use_cache=False, layout=layout).last_hidden_state
+        return h_1MD.view(K, -1, h_1MD.shape[-1])
 
     def token_logits(self, h_MD: Tensor) -> Tensor:
         """Hidden states [M, D] → logits [M, V]."""
@@ -166,6 +172,27 @@ class PackedModel(Generic[B]):
             logits = logits[0, packed.target_positions_S[mine] - start]
         return cross_entropy(logits if logits.dtype == torch.float64 else logits.float(),
                              packed.targets_S[mine], reduction="none")  # fmt: skip
+
+
+@contextmanager
+def without_pooler(trunk: nn.Module) -> Iterator[None]:
+    """BERT would pool the packed row's first token, of the first candidate; see `class_logits` for the right ones."""
+    pooler = dict(trunk.named_children()).get("pooler")
+    if pooler is None:
+        yield
+        return
+    trunk.register_module("pooler", None)
+    try:
+        yield
+    finally:
+        trunk.register_module("pooler", pooler)
+
+
+def one_token() -> Packed:
+    """The smallest row there is."""
+    ids = np.zeros(1, dtype=np.int32)
+    example = Encoded(input_ids=ids, supervised=ids == 1, label=NO_LABEL, group=0, row=0)
+    return pack([example], [0], "causal")
 
 
 def first_position(model: PreTrainedModel) -> int:

@@ -56,7 +56,7 @@ class Graphs:
             self.pool = torch.cuda.graph_pool_handle()  # the old one ended with its last graph
             self.gradients = bank.gradients
         index = next((i for i, size in enumerate(self.sizes) if size.holds(row.size)), None)
-        if index is None or bank.dropout:  # dropout masks are drawn on the host
+        if index is None:
             return self.eager.run(row, active, share)
         row = row.padded(self.sizes[index])
         key = (index, active.start, active.stop)

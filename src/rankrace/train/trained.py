@@ -6,8 +6,9 @@ another, with K = 1. The loop, its passes and its optimiser know no more of eith
 Shapes: K candidates, P trainable values of one candidate.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -45,6 +46,10 @@ class Trained(Protocol):
     @property
     def running(self) -> int:
         """How many candidates the next pass runs; the base alone counts as one."""
+        ...
+
+    def find_siblings(self, run: Callable[[], Any]) -> None:
+        """Told once how to run a pass of the base, so that layers which read one tensor can share its products."""
         ...
 
     def refresh(self) -> None:

@@ -1,0 +1,132 @@
+"""Compiled blocks give the numbers of the eager path, are compiled once, and can be taken off again.
+
+Traced as always but run by a backend without code generation; that of GPUs is tested in test_gpu.py.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import flash
+from examples import examples
+from models import CLASSIFYING, tiny
+from rankrace.bank import Bank
+from rankrace.choose import lent
+from rankrace.train import attention
+from rankrace.train.compiled import blocks, compile_blocks, uncompile
+from rankrace.train.model import PackedModel
+from rankrace.train.passes import Eager
+
+# torch's own, as it traces.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+]
+
+RANKS = (4, 2, 7)
+
+
+def prepared(family: str, dropout: float = 0.0) -> tuple[PackedModel, Callable[..., list[Tensor]]]:
+    """A model, and a pass over some of its rows by some of its candidates: losses [K] and all gradients."""
+    classes = 3 if family in CLASSIFYING else 0
+    bank = Bank(tiny(family), dropout=dropout)
+    model = PackedModel(bank.model, bank, "classification" if classes else "causal", chunk=5)
+    bank.start(RANKS, [16.0 / r for r in RANKS])
+    torch.manual_seed(1)
+    for layer in bank.layers.values():
+        layer.B_KDR.data.normal_(std=0.1)
+    rows = examples(12, classes=classes)
+
+    def run(indices: range, active: slice = slice(0, 3)) -> list[Tensor]:
+        gradients = bank.loaded.gradients.all_KP.zero_()
+        with bank.training(indices.start, 0):
+            loss_K = Eager(model).run(model.pack(rows, indices), active, torch.tensor(0.1, dtype=torch.float64))
+        return [loss_K, gradients.clone()]
+
+    return model, run
+
+
+CASES = [
+    (range(3), slice(0, 3)), (range(3, 8), slice(0, 3)), (range(8, 12), slice(0, 2)), (range(5, 7), slice(1, 3)),
+    (range(12), slice(0, 3)), (range(4), slice(2, 3)), (range(7, 12), slice(0, 1)),
+]  # fmt: skip
+"""Token counts, layouts and numbers of candidates; the first one warms up."""
+
+
+def same(ours: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def compiled_is_eager(family: str, backend: str, pieces: int) -> None:
+    model, run = prepared(family)
+    expected = [run(*case) for case in CASES]
+    compile_blocks(model.bank, backend)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    same(run(*CASES[0]), expected[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == pieces
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for case, wanted in zip(CASES, expected, strict=True):
+            same(run(*case), wanted)
+    uncompile(model.bank)
+    torch._dynamo.utils.counters.clear()
+    same(run(*CASES[0]), expected[0])
+    assert not torch._dynamo.utils.counters["stats"], "the eager path again"
+
+
+def test_llama() -> None:
+    """Norm; rotary; reshape; residual and norm; SwiGLU; residual. The second block shares them all."""
+    compiled_is_eager("llama", "eager", pieces=7)
+
+
+def test_bert() -> None:
+    compiled_is_eager("bert-classification", "eager", pieces=7)
+
+
+def test_flash_attention_is_compiled_with_what_surrounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: one piece less, and tokens outermost all the way (see the stand-in's assertions)."""
+    monkeypatch.setattr(attention, "varlen_attn", flash.varlen_attn)
+    monkeypatch.setattr(attention, "has_flash", lambda device, dtype: True)
+    compiled_is_eager("llama", "aot_eager", pieces=6)
+
+
+def test_the_stand_in_for_flash_attention_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run = prepared("llama")
+    expected = run(range(8))
+    monkeypatch.setattr(attention, "varlen_attn", flash.varlen_attn)
+    monkeypatch.setattr(attention, "has_flash", lambda device, dtype: True)
+    same(run(range(8)), expected)
+
+
+def test_dropout_and_the_plain_base() -> None:
+    model, run = prepared("llama", dropout=0.3)
+    row = model.pack(examples(12), range(5))
+    expected = [run(range(4)), run(range(4, 9))]
+    with model.bank.off(), torch.no_grad():
+        base = model.losses(row).loss_KS
+    compile_blocks(model.bank, "eager")
+    same(run(range(4)), expected[0])
+    same(run(range(4, 9)), expected[1])
+    with model.bank.off(), torch.no_grad():
+        torch.testing.assert_close(model.losses(row).loss_KS, base, rtol=0, atol=1e-9)
+
+
+def test_a_lent_model_comes_back_uncompiled() -> None:
+    model = tiny("llama")
+
+    def own(*args: object, **kwargs: object) -> object:
+        return type(model.model.norm).forward(model.model.norm, *args, **kwargs)
+
+    model.model.norm.forward = own
+    with lent(model):
+        bank = Bank(model)
+        PackedModel(model, bank, "causal")
+        compile_blocks(bank, "eager")
+        assert all("forward" in vars(block) for block in blocks(bank))
+    changed = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    assert changed == {"model.norm"}
+    assert model.model.norm.forward is own

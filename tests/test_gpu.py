@@ -1,0 +1,208 @@
+"""What only a GPU can show: flash attention, CUDA graphs, generated kernels, each against the plain path.
+
+    python -m pytest -q tests/test_gpu.py        skipped without CUDA
+    python tests/test_gpu.py                     where there is no pytest
+
+All in bfloat16, whose unit in the last place is 2⁻⁸ = 0.4%: sums in another order differ by as much. Two ways are
+the same if their losses differ by less than 0.02 nats, and their gradients by less than 3% in norm.
+
+Shapes: K candidates, T tokens, N examples, H heads, D head width.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from examples import examples
+from rankrace.bank import Bank
+from rankrace.bank.dropout import counter_seed, dropped
+from rankrace.train.attention import HAS_WINDOW, Layout, varlen
+from rankrace.train.compiled import compile_blocks, uncompile
+from rankrace.train.loop import Recipe, Trainer
+from rankrace.train.model import PackedModel
+from rankrace.train.passes import Eager
+
+RANKS = (4, 2, 12)
+RECIPE = Recipe(
+    epochs=1000, max_steps=12, batch_size=8, micro_tokens=2048, schedule="constant", warmup=0.0, weight_decay=0.0,
+    clip=1.0, seed=0,
+)  # fmt: skip
+
+
+def prepared(dropout: float = 0.0) -> PackedModel:
+    """A small LLaMA with grouped heads, and candidates with non-zero B."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=256, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    hf = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    model = PackedModel(hf, Bank(hf, dropout=dropout), "causal", chunk=64)
+    model.bank.start(RANKS, [16.0 / r for r in RANKS])
+    for layer in model.bank.layers.values():
+        for k, r in enumerate(RANKS):
+            layer.B_KDR.data[k, :, :r].normal_(std=0.02)
+    return model
+
+
+ROWS = examples(64, longest=90)
+CASES = [
+    (range(8), slice(0, 3)), (range(20), slice(0, 3)), (range(5, 9), slice(0, 2)), (range(7, 40), slice(1, 3)),
+    (range(64), slice(0, 3)), (range(3, 7), slice(2, 3)), (range(30, 42), slice(0, 1)),
+]  # fmt: skip
+
+
+def one_pass(model: PackedModel, indices: range, active: slice) -> tuple[Tensor, Tensor]:
+    """Mean losses [K] and all gradients."""
+    gradients = model.bank.loaded.gradients.all_KP.zero_()
+    row = model.pack(ROWS, indices)
+    with model.bank.training(indices.start, 0):
+        loss_K = Eager(model).run(row, active, torch.tensor(1 / row.size.targets, device="cuda"))
+    return loss_K.clone(), gradients.clone()
+
+
+def off(ours: Tensor, expected: Tensor) -> float:
+    """Distance, relative to what is expected."""
+    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def same(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert expected[1].abs().max() > 0
+    assert (ours[0] - expected[0]).abs().max() < 0.02, (ours[0], expected[0])
+    assert off(ours[1], expected[1]) < 0.03, off(ours[1], expected[1])
+
+
+def test_flash_attention_and_its_gradient() -> None:
+    """Against float64 attention of each example alone, on the same bfloat16 numbers."""
+    lengths = [1, 7, 64, 130, 2]
+    T, K, D = sum(lengths), 2, 64
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    layout = Layout(cu_seqlens=cu_seqlens, lengths_N=lengths, tokens=T, longest=max(lengths), candidates=K)
+    for H, G in ((4, 4), (4, 2)):
+        for causal in (True, False):
+            for window in (None, 5) if HAS_WINDOW else (None,):
+                torch.manual_seed(H)
+                q, k, v, g = (torch.randn(K * T, h, D, device="cuda").bfloat16() for h in (H, G, G, H))
+                ours = [x.clone().requires_grad_() for x in (q, k, v)]
+                varlen(*ours, layout, D**-0.5, causal, window).backward(g)
+                out = varlen(q, k, v, layout, D**-0.5, causal, window)
+
+                exact = [x.double().requires_grad_() for x in (q, k, v)]
+                outs = []
+                for part in zip(*(x.split(lengths * K) for x in exact), strict=True):
+                    i = torch.arange(len(part[0]), device="cuda")
+                    reach = i[:, None] - i[None]
+                    seen = reach >= 0 if causal else torch.ones_like(reach, dtype=torch.bool)
+                    seen = seen if window is None else seen & (reach.abs() < window)
+                    Q, K_, V = (x.repeat_interleave(H // x.shape[1], 1).transpose(0, 1) for x in part)
+                    outs.append(scaled_dot_product_attention(Q, K_, V, attn_mask=seen, scale=D**-0.5).transpose(0, 1))
+                torch.cat(outs).backward(g.double())
+                case = (H, G, causal, window)
+                assert off(out, torch.cat(outs)) < 0.01, case
+                for mine, reference in zip(ours, exact, strict=True):
+                    assert mine.grad is not None
+                    assert reference.grad is not None
+                    assert off(mine.grad, reference.grad) < 0.01, case
+
+
+def test_siblings_are_single_layers() -> None:
+    model = prepared(dropout=0.0)
+    together = [one_pass(model, *case) for case in CASES]
+    model.bank.find_siblings(lambda: None)
+    for case, expected in zip(CASES, together, strict=True):
+        same(one_pass(model, *case), expected)
+
+
+def test_dropout_is_the_same_bits_as_on_the_host() -> None:
+    compiled = torch.compile(dropped, dynamic=True)
+    x_KTD = torch.randn(2, 301, 200)
+    for key in (0, counter_seed(1, 2), (1 << 63) - 1):
+        expected = dropped(x_KTD, torch.tensor(key), 0.3) != 0
+        for function in (dropped, compiled):
+            assert torch.equal(function(x_KTD.cuda(), torch.tensor(key).cuda(), 0.3).cpu() != 0, expected)
+
+
+def test_compiled_is_eager_and_compiled_once() -> None:
+    for dropout in (0.0, 0.2):
+        model = prepared(dropout)
+        expected = [one_pass(model, *case) for case in CASES]
+        compile_blocks(model.bank)
+        for case, wanted in zip(CASES, expected, strict=True):
+            same(one_pass(model, *case), wanted)
+            if dropout == 0.0:  # the mask of one candidate and that of several are two kernels
+                torch._dynamo.config.error_on_recompile = True
+        torch._dynamo.config.error_on_recompile = False
+        uncompile(model.bank)
+        same(one_pass(model, *CASES[0]), expected[0])
+
+
+def trained(
+    model: PackedModel, recipe: Recipe, step: Callable[[int], None] = lambda step: None
+) -> tuple[Tensor, Tensor]:
+    """Losses [K] of every step and the factors at the end, from the same start."""
+    trainer = Trainer(model, ROWS, recipe)
+    start = model.bank.candidates
+    trainer.start(start, [1e-4] * len(RANKS))
+    losses = []
+    for loss_K in trainer.run(12):
+        losses.append(loss_K.clone())
+        step(trainer.step)
+    learnt = model.bank.candidates
+    moved = torch.cat([(learnt.tensors()[n] - t).flatten() for n, t in start.tensors().items()])
+    model.bank.load(start)
+    return torch.stack(losses), moved
+
+
+def test_graphs_are_eager_over_several_steps() -> None:
+    """With dropout too: each replay draws its own masks. AdamW's first steps are lr·sign(g), so that what is
+    learnt is compared more loosely than gradients are."""
+    graphs = replace(RECIPE, graphs=True)
+    for dropout in (0.0, 0.3):
+        model = prepared(dropout)
+        for recipe in (graphs, replace(graphs, micro_tokens=1024)):  # candidates side by side, or in turn
+            losses, moved = trained(model, replace(recipe, graphs=False))
+            replayed, moved_too = trained(model, recipe)
+            assert (losses - replayed).abs().max() < 0.03, (dropout, (losses - replayed).abs().max())
+            assert off(moved_too, moved) < 0.4, (dropout, off(moved_too, moved))
+    assert (trained(prepared(0.0), graphs)[0] - replayed).abs().max() > 0.005, "dropout has no effect"
+
+
+def test_graphs_of_compiled_blocks_and_no_compilation_after_warm_up() -> None:
+    model = prepared()
+    losses, _ = trained(model, RECIPE)
+    compile_blocks(model.bank)
+
+    def warm(step: int) -> None:
+        torch._dynamo.config.error_on_recompile = step >= 1
+
+    replayed, _ = trained(model, replace(RECIPE, graphs=True), warm)
+    torch._dynamo.config.error_on_recompile = False
+    assert (losses - replayed).abs().max() < 0.03
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA here")
+    print(torch.cuda.get_device_name(), torch.__version__)
+    failed = 0
+    for name, test in list(globals().items()):
+        if name.startswith("test_"):
+            torch._dynamo.reset()
+            try:
+                test()
+                print(f"passed  {name}", flush=True)
+            except Exception as error:
+                failed += 1
+                torch._dynamo.config.error_on_recompile = False
+                print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
