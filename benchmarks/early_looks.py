@@ -9,11 +9,10 @@ For each task and seed, on the same batches and the same held-out examples:
 - from the largest one as it was after a tenth and a fifth of the training, cuts to each rank train on to the end
   (healed), with fresh moments of the optimiser or with those carried over.
 
-With --rates instead: what the learning rate does to that. Ranks 4, 16 and 64 from the start, and the cuts to 4 and 16
-after a fifth, each at several multiples of the default learning rate. With --lrs other than 1 only the first sweep, and
-only its end. A unit is one JSON file; units that are there already are
-skipped, so the study goes on over many sittings. Losses of each fresh example are kept: any two arms of one task
-and seed can be compared in pairs.
+With --rates instead: what the learning rate does to that. Ranks 4, 16 and 64 from the start, and the cuts to 4 and
+16 after a fifth, each at several multiples of the default learning rate. With --lrs other than 1 only the first
+sweep, and only its end. A unit is one JSON file; units that are there already are skipped, so the study goes on over
+many sittings. Losses of each fresh example are kept: any two arms of one task and seed can be compared in pairs.
 
 Shapes: K candidates, N held-out examples.
 """
@@ -315,8 +314,8 @@ def main() -> None:
         study = Study(name, given.data, config, float(lr), not given.no_compile)
         done = study.run(rates=given.rates)
         done["command"] = (
-            f"python -m benchmarks.early_looks --tasks {name} --seeds {seed} {'--rates' if given.rates else f'--lrs {lr}'} --steps {given.steps} "
-            f"--train-max {given.train_max}"
+            f"python -m benchmarks.early_looks --tasks {name} --seeds {seed} "
+            f"{'--rates' if given.rates else f'--lrs {lr}'} --steps {given.steps} --train-max {given.train_max}"
         )
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(done) + "\n")
