@@ -7,20 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from models import CAUSAL, VOCABULARY, tiny
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Encoded
 from rankrace.errors import RankraceError
-from rankrace.evaluate.generate import batches, generate
+from rankrace.evaluate.generate import answer, batches, generate, remembering
 from rankrace.evaluate.predict import predict, row_scores, training_rows
+from rankrace.methods.parameters import Parameters
 from rankrace.session import recipe_of
 from rankrace.tasks import find_task
 from rankrace.train.loop import Trainer
 from rankrace.train.model import PackedModel, load_model, load_tokenizer
 
+EOS = 2
+"""Of the tiny models."""
 ROWS = [
     {"prompt": f"The capital of {country} is", "completion": f" {city}", "answers": [city],
      "options": [" Paris", " Rome", " Oslo"]}
@@ -60,18 +64,35 @@ def by_hand(trainer: Trainer[Bank], ids: list[int], eos: int, most: int) -> list
 
 
 def test_generation_with_the_adapter_on_is_greedy_decoding(trainer: Trainer[Bank], smollm2: Path) -> None:
-    """Prompts of unequal lengths in one batch: left padding, positions and the cache change nothing."""
+    """Prompts of unequal lengths in one batch, packed rows of one or more of them: nothing changes."""
     tokenizer = load_tokenizer(str(smollm2))
-    prompts = [tokenizer(row["prompt"])["input_ids"] for row in ROWS]
+    prompts = [torch.tensor(tokenizer(row["prompt"])["input_ids"]).numpy() for row in ROWS]
     assert len({len(p) for p in prompts}) > 1
-    trainer.bank.refresh()
-    model = trainer.model.model
-    texts = generate(model, tokenizer, [torch.tensor(p).numpy() for p in prompts], 6)
-    expected = [tokenizer.decode(by_hand(trainer, p, tokenizer.eos_token_id, 6)) for p in prompts]
-    assert texts == expected
+    expected = [tokenizer.decode(by_hand(trainer, p.tolist(), tokenizer.eos_token_id, 6)) for p in prompts]
+    for micro_tokens in (4096, 10):
+        assert generate(trainer.model, tokenizer, prompts, 6, micro_tokens) == expected
     with trainer.bank.off():
-        assert generate(model, tokenizer, [torch.tensor(p).numpy() for p in prompts], 6) != expected
-    assert model.config._attn_implementation == "rankrace_packed"
+        assert generate(trainer.model, tokenizer, prompts, 6, 4096) != expected
+    assert trainer.model.model.config._attn_implementation == "rankrace_packed"
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_generation_is_transformers_own(family: str) -> None:
+    """Every family (grouped heads, sliding windows, learnt positions) against `generate` on one prompt at a time."""
+    model = tiny(family).eval()
+    prompts = [torch.randint(5, VOCABULARY, (length,)).numpy() for length in (3, 17, 1, 9)]
+    greedy = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=EOS)
+    model.generation_config = GenerationConfig()
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor(prompt)[None]
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+        expected.append([*out[0, len(prompt) :].tolist(), EOS])
+    packed = PackedModel(model, Parameters(model, {}), "causal")
+    with remembering(model), torch.no_grad():
+        found = [[*row, EOS] for row in answer(prompts, packed, EOS, 12, 16).tolist()]
+    assert [row[: row.index(EOS)] for row in found] == [row[: row.index(EOS)] for row in expected]
+    assert len({tuple(row) for row in expected}) > 1
 
 
 def test_options_are_chosen_by_likelihood(trainer: Trainer[Bank], smollm2: Path) -> None:

@@ -62,8 +62,7 @@ def predict(
         return [encoder.labels[best] for best in likeliest(trainer, choices)]
     if task.kind == "generation" or generated:
         prompts = [e.input_ids[: int(np.argmax(e.supervised))] for e in encoder.encode_batch(examples)]
-        trainer.bank.refresh()
-        return generate(trainer.model.model, tokenizer, prompts, task.max_new_tokens)
+        return generate(trainer.model, tokenizer, prompts, task.max_new_tokens, trainer.recipe.micro_tokens)
     flat = [{"prompt": row["prompt"], "completion": option} for row in rows for option in row["options"]]
     encoded = iter(encoder.encode_batch(read_examples(flat, task.name)[1]))
     choices = [[next(encoded) for _ in row["options"]] for row in rows]

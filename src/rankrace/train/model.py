@@ -88,13 +88,20 @@ class PackedModel(Generic[B]):
 
     def hidden(self, packed: Packed, K: int) -> Tensor:
         """The trunk's output [K, T, D]."""
-        layout = attention.Layout(
+        return self.run(packed, K, self.layout(packed, K))
+
+    def layout(self, packed: Packed, K: int) -> attention.Layout:
+        """Where K copies of the row's examples lie."""
+        return attention.Layout(
             cu_seqlens=packed.cu_seqlens,
             lengths_N=packed.lengths_N,
             tokens=packed.input_ids_T.shape[0],
             longest=packed.max_seqlen,
             candidates=K,
         )
+
+    def run(self, packed: Packed, K: int, layout: Any) -> Tensor:
+        """The trunk's output [K, T, D], with something for the attention to go by."""
         # One row of K·T tokens, not K rows: what is compiled then knows nothing of K.
         inputs: dict[str, Any] = {"input_ids": packed.input_ids_T.repeat(1, K)}
         inputs["position_ids"] = (packed.position_ids_T + self.position_offset).repeat(1, K)
