@@ -19,7 +19,10 @@ import yaml
 from commandline import Ran, assert_refused, rankrace
 from rankrace.bench.experiment import Job, read_experiment
 from rankrace.bench.job import perform
-from rankrace.bench.table import build, t_half_width
+from rankrace.bench.paired import difference
+from rankrace.bench.record import Record
+from rankrace.bench.table import Table, build, t_half_width
+from rankrace.errors import RankraceError
 from rankrace.tasks import find_task
 from tinyfolder import tiny_bert, tiny_llama
 
@@ -194,15 +197,27 @@ def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: P
     )
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     key = "sst2--lora-r8--seed0--lr1"
-    workers = out / "work" / key
-    wait_for(lambda: len(list(workers.glob("step-*"))) > 1)
-    victim = int((out / "work" / f"{key}.pid").read_text())
-    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: len(list((out / "work" / key).glob("step-*"))) > 1)
+    os.kill(ray_worker(), signal.SIGKILL)
     printed, _ = driver.communicate(timeout=120)
     assert "(1, 0, 0)" in printed
     done = record(tmp_path, key)
     assert (done["status"], done["steps"]) == ("done", 40)
     assert done["resumed_at"] > 0
+
+
+def ray_worker() -> int:
+    """The process of the one run: Ray gives its workers the names of their tasks."""
+    found = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if named(path, b"ray::perform")]
+    assert len(found) == 1
+    return found[0]
+
+
+def named(command: Path, start: bytes) -> bool:
+    try:
+        return command.read_bytes().startswith(start)
+    except OSError:  # it has just ended
+        return False
 
 
 # --- bad input
@@ -225,6 +240,15 @@ def test_a_bad_experiment_is_refused(
 ) -> None:
     experiment = written(tmp_path, bert, **values)
     assert_refused(run(experiment), *words, within=tmp_path, left=["grid.yaml"])
+
+
+def test_a_part_of_the_grid(tmp_path: Path, bert: Path) -> None:
+    experiment = written(tmp_path, bert, methods=["base", "full"], tasks=["RTE", "cola"], seeds=[0, 3])
+    ran = run(experiment, "--slots", 0, "--methods", "base", "--tasks", "rte", "--seeds", "3")
+    assert ran.code == 0, ran.err
+    assert [path.stem for path in (tmp_path / "out" / "runs").iterdir()] == ["rte--base--seed3--lr1"]
+    assert_refused(run(experiment, "--tasks", "sst2"), "'sst2'", "rte, cola")
+    assert_refused(run(experiment, "--seeds", "0,x"), "'x'", "0, 3")
 
 
 def test_no_experiment_and_no_such_runner(tmp_path: Path) -> None:
@@ -286,28 +310,92 @@ def test_a_table_of_nothing(tmp_path: Path) -> None:
 # --- the table's figures
 
 
-def made(method: str, seed: int, rows: list[float], scale: float = 1.0) -> dict[str, Any]:
+def made(
+    method: str, seed: int, rows: list[float], documents: list[int] | None = None, **more: Any
+) -> dict[str, Any]:
     return {
-        "key": f"{method}{seed}", "method": method, "task": "rte", "seed": seed, "scale": scale, "tuning": False,
-        "status": "done", "error": None, "metrics": {"accuracy": 100 * sum(rows) / len(rows)}, "rows": rows,
-        "parameters": 10, "rank": None, "peak_bytes": 2**30, "time": {"train_s": 2.0, "search_s": 0.5},
-        "baselines": {"empty": {"accuracy": 0.0}}, "hardware": {"device": "cpu"}, "commit": "c", "dirty": False,
-        "settings": {"model": "m"},
+        "key": f"{method}{seed}", "experiment": "grid", "method": method, "task": "rte", "seed": seed, "scale": 1.0,
+        "tuning": False, "status": "done", "error": None, "metrics": {"accuracy": 100 * sum(rows) / len(rows)},
+        "rows": rows, "documents": documents, "parameters": 10, "rank": None, "peak_bytes": 2**30,
+        "time": {"train_s": 2.0, "search_s": 0.5}, "baselines": {"empty": {"accuracy": 0.0}}, "slots": 1,
+        "hardware": {"device": "cpu"}, "versions": {"torch": "2"}, "commit": "c", "dirty": False,
+        "settings": {"model": "m", "test_max": None}, **more,
     }  # fmt: skip
 
 
+def table_of(runs: list[Record]) -> Table:
+    return build({r["key"]: r for r in runs})
+
+
+RIGHT = [1.0] * 90 + [0.0] * 10
+
+
 def test_intervals_best_and_paired_ties() -> None:
-    """100 rows: B misses one row that A has (a tie: se 1), C misses 20 of them."""
-    right = [1.0] * 90 + [0.0] * 10
-    runs = [made("full", s, right) for s in (0, 1, 2)]
-    runs += [made("lora-r8", s, [0.0, *right[1:]]) for s in (0, 1, 2)]
-    runs += [made("shrink", s, [0.0] * 20 + right[20:]) for s in (0, 1, 2)]
-    table = build({r["key"]: r for r in runs})
-    cells = {row.method: row.cells["rte"] for row in table.rows}
+    """100 rows: B misses one row that A has (a tie: se 1), C misses 20 of them. All seeds alike."""
+    runs = [made("full", s, RIGHT) for s in (0, 1, 2)]
+    runs += [made("lora-r8", s, [0.0, *RIGHT[1:]]) for s in (0, 1, 2)]
+    runs += [made("shrink", s, [0.0] * 20 + RIGHT[20:]) for s in (0, 1, 2)]
+    cells = {row.method: row.cells["rte"] for row in table_of(runs).rows}
     assert cells["full"].best
-    assert (cells["lora-r8"].behind, cells["lora-r8"].tie) == (pytest.approx(1.0), True)
-    assert cells["lora-r8"].behind_se == pytest.approx(1.0)
-    assert (cells["shrink"].behind, cells["shrink"].tie) == (pytest.approx(20.0), False)
+    assert (cells["lora-r8"].behind.mean, cells["lora-r8"].tie) == (pytest.approx(1.0), True)
+    assert cells["lora-r8"].behind.se == pytest.approx(1.0)
+    assert (cells["shrink"].behind.mean, cells["shrink"].tie) == (pytest.approx(20.0), False)
+
+
+def test_a_difference_counts_seeds_and_documents() -> None:
+    """By hand. Rows all alike, seeds 2, 4 and 9 points apart: se = s/√n of these, 3.606/√3. Four rows in two
+    documents, right and wrong as documents: d = 50, residuals ±1 of 2 clusters: √(2/1·(1 + 1))/4 = 0.5. No common
+    seed: nothing is known.
+    """
+    flat = [made("full", s, [0.5 + gap / 100] * 50) for s, gap in enumerate((2, 4, 9))]
+    found = difference(flat, [made("lora-r8", s, [0.5] * 50) for s in range(3)])
+    assert found.mean == pytest.approx(5.0)
+    assert found.se == pytest.approx(math.sqrt(13) / math.sqrt(3))
+    assert not found.tie
+    one, none = [made("full", 0, [1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1])], [made("lora-r8", 0, [0.0] * 4, [0, 0, 1, 1])]
+    assert difference(one, none).mean == pytest.approx(50.0)
+    assert difference(one, none).se == pytest.approx(50.0)
+    assert difference(none, one).tie
+    stranger = difference(flat, [made("lora-r8", 7, [0.5] * 50)])
+    assert stranger.mean == pytest.approx(5.0)
+    assert math.isnan(stranger.se)
+    assert not stranger.tie
+
+
+def test_the_papers_claims_are_held_against_the_runs() -> None:
+    """One row of 100 behind with se 1, half the parameters, 0.6 of r=8's time: as claimed. Memory as much as full."""
+    runs = [made("lora-r16", 0, RIGHT, parameters=100), made("lora-r8", 0, RIGHT, time={"train_s": 5, "search_s": 0})]
+    runs += [made("full", 0, RIGHT), made("shrink", 0, [0.0, *RIGHT[1:]], parameters=50,
+                                          time={"train_s": 3.0, "search_s": 1.0})]  # fmt: skip
+    assert table_of(runs).claims == [
+        "shrink: at most one paired standard error behind lora-r16 on 1 of 1 tasks; parameters 0.50 of lora-r16 "
+        "(as claimed); time 0.60 of lora-r8 (as claimed); time 1.50 of full (claimed: 0.4); memory 1.00 of full "
+        "(claimed: 0.65)."
+    ]
+    runs[-1] = made("shrink", 0, [0.0] * 20 + RIGHT[20:])
+    assert "lora-r16 on 0 of 1 tasks (not: rte -20.0 ± 4.0)" in table_of(runs).claims[0]
+
+
+def test_times_are_of_runs_that_had_the_machine_to_themselves() -> None:
+    runs = [made("full", 0, RIGHT), made("full", 1, RIGHT, slots=4, time={"train_s": 50.0, "search_s": 0.0})]
+    table = table_of(runs)
+    assert table.rows[0].train_s == 2.0
+    assert any("shared the machine" in note for note in table.notes)
+
+
+def test_costs_are_of_tasks_that_all_methods_have_run_on() -> None:
+    other = {"task": "sst2", "key": "other", "time": {"train_s": 100.0, "search_s": 0.0}, "parameters": 1000}
+    table = table_of([made("full", 0, RIGHT), made("full", 0, RIGHT, **other), made("lora-r8", 0, RIGHT)])
+    assert table.common == ("rte",)
+    assert {row.method: (row.train_s, row.parameters) for row in table.rows} == {
+        "full": (2.0, 10),
+        "lora-r8": (2.0, 10),
+    }
+
+
+def test_runs_on_different_test_rows_make_no_table() -> None:
+    with pytest.raises(RankraceError, match="different test rows"):
+        table_of([made("full", 0, RIGHT), made("lora-r8", 0, RIGHT[1:])])
 
 
 def test_the_interval_is_students() -> None:

@@ -300,7 +300,12 @@ app.add_typer(bench, name="bench")
 def bench_run(
     experiment: Annotated[Path, typer.Argument(help="A YAML file such as experiments/smoke.yaml.")],
     out_folder: Annotated[Path | None, typer.Option("--out", help="Results folder. Default: results/NAME.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model in place of the experiment's.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the experiment's model lies, if not under its name.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these of its methods: lora-r8,shrink.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these of its tasks.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these of its seeds.")] = None,
     runner: Annotated[str, typer.Option(help="local or ray.")] = "local",
     slots: Annotated[int, typer.Option(min=0, help="Runs at once; 0: one after another in this process.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -316,11 +321,15 @@ def bench_run(
     one_of("runner", runner, ("local", "ray"))
     folder = out_folder or Path("results") / experiment.stem
     done, failed, left = run_experiment(
-        experiment, folder, model=model, runner=runner, slots=slots, device=device, memory_gib=memory_gib,
-        stop_after=stop_after, retry=retry_failed,
+        experiment, folder, model=model, methods=listed(methods), tasks=listed(tasks), seeds=listed(seeds),
+        runner=runner, slots=slots, device=device, memory_gib=memory_gib, stop_after=stop_after, retry=retry_failed,
     )  # fmt: skip
     say("done", f"{done} runs now, {failed} of them failed, {left} are missing")
     say("records", str(folder / "runs"))
+
+
+def listed(given: str | None) -> list[str] | None:
+    return None if given is None else given.split(",")
 
 
 @bench.command(name="table")

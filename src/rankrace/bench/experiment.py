@@ -12,6 +12,7 @@ per_task: {gsm8k: {max_length: 768}}
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,6 +44,8 @@ class Experiment(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     model: str
+    weights: str | None = None
+    """Where the model lies, if not under its name: a folder, another on every machine."""
     methods: Annotated[tuple[str, ...], Field(min_length=1)]
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
@@ -76,6 +79,9 @@ class Job:
 def read_experiment(path: Path, model: str | None = None) -> Experiment:
     """The experiment in a YAML file; its name is the file's.
 
+    Args:
+        model: where its model lies, if not under its name.
+
     Raises:
         RankraceError: an unreadable file, an unknown key, method, task or option (with the nearest known one).
     """
@@ -98,7 +104,7 @@ def read_experiment(path: Path, model: str | None = None) -> Experiment:
             fix=f"did you mean {near[0]!r}?",
         )
     try:
-        experiment = Experiment(**{**values, "name": path.stem, **({"model": model} if model else {})})
+        experiment = Experiment(**{**values, "name": path.stem, **({"weights": model} if model else {})})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -109,8 +115,12 @@ def read_experiment(path: Path, model: str | None = None) -> Experiment:
         ) from error
     for name in experiment.methods:
         find_method(name)
-    for name in (*experiment.tasks, *experiment.per_task):
-        find_task(name)
+    experiment = experiment.model_copy(
+        update={
+            "tasks": tuple(find_task(name).name for name in experiment.tasks),
+            "per_task": {find_task(name).name: options for name, options in experiment.per_task.items()},
+        }
+    )
     for options in (experiment.common, *experiment.per_task.values()):
         decided = sorted(SET_HERE & options.keys())
         if decided:
@@ -124,13 +134,35 @@ def read_experiment(path: Path, model: str | None = None) -> Experiment:
     return experiment
 
 
+def narrowed(experiment: Experiment, **wanted: Sequence[str] | None) -> Experiment:
+    """Only some of its methods, tasks or seeds.
+
+    Raises:
+        RankraceError: one is asked for that the experiment does not have.
+    """
+    chosen = {}
+    for which, names in wanted.items():
+        if names is None:
+            continue
+        known = {str(value): value for value in experiment.model_dump()[which]}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise RankraceError(
+                f"the experiment {experiment.name} has no {missing[0]!r} among its {which}",
+                why="only a part of it can be run, and nothing beyond it",
+                fix=f"choose from {', '.join(known)}",
+            )
+        chosen[which] = tuple(value for name, value in known.items() if name in names)
+    return experiment.model_copy(update=chosen)
+
+
 def config_of(experiment: Experiment, job: Job, out: Path, device: str) -> RunConfig:
     """The run's options, without the learning rate, which waits for the model's width."""
     options = {**experiment.common, **experiment.per_task.get(job.task, {})}
     # The methods are compared on one engine: nothing is switched on by itself for some of them only.
-    engine = {"compile": "off", "cuda_graphs": "off"}
+    engine = {"compile": "off", "cuda_graphs": "on" if device.startswith("cuda") else "off"}
     return checked(
-        {**engine, **options, "model": experiment.model, "data": job.task, "seed": job.seed, "out": out,
+        {**engine, **options, "model": experiment.weights or experiment.model, "data": job.task, "seed": job.seed, "out": out,
          "device": device}
     )  # fmt: skip
 

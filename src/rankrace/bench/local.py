@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from rankrace.bench.experiment import Experiment, Job, fingerprint, settings_of
-from rankrace.bench.job import SCHEMA, Stopped, failed, perform, provenance, write_record
+from rankrace.bench.experiment import Experiment, Job
+from rankrace.bench.job import Stopped, perform
+from rankrace.bench.record import Record, begun, failed, write_record
 from rankrace.bench.store import Store
 from rankrace.interrupt import Interrupted
 from rankrace.result import replace_text
@@ -26,11 +26,11 @@ Next = Callable[[set[str]], list[Job]]
 """Keys of runs in progress → jobs that may start now."""
 
 
-def run_inline(experiment: Experiment, store: Store, upcoming: Next, device: str, save_s: float) -> Iterator[Any]:
+def run_inline(experiment: Experiment, store: Store, upcoming: Next, device: str, save_s: float) -> Iterator[Record]:
     """One after another in this process."""
     while jobs := upcoming(set()):
         try:
-            yield perform(experiment, jobs[0], store.folder, device, save_s, shared=True)
+            yield perform(experiment, jobs[0], store.folder, device, save_s, slots=0)
         except (Stopped, KeyboardInterrupt):
             raise Interrupted("the same command again") from None
         if torch.cuda.is_available():
@@ -39,7 +39,7 @@ def run_inline(experiment: Experiment, store: Store, upcoming: Next, device: str
 
 def run_processes(
     experiment: Experiment, store: Store, upcoming: Next, device: str, save_s: float, slots: int, memory_gib: float
-) -> Iterator[Any]:
+) -> Iterator[Record]:
     """Each in a process of its own, at most `slots` at once; on a GPU only where `memory_gib` are free."""
     working: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
     try:
@@ -47,14 +47,14 @@ def run_processes(
             for job in upcoming(set(working)):
                 if len(working) >= slots or not has_room(device, memory_gib, bool(working)):
                     break
-                working[job.key] = (job, start(experiment, job, store.folder, device, save_s))
+                working[job.key] = (job, start(experiment, job, store.folder, device, save_s, slots))
             if not working:
                 return
             time.sleep(POLL_S)
             for key, (job, process) in list(working.items()):
                 if process.poll() is not None:
                     del working[key]
-                    yield outcome(experiment, job, store.folder, process.returncode)
+                    yield outcome(experiment, job, store.folder, process.returncode, slots)
     except KeyboardInterrupt:
         raise Interrupted("the same command again") from None
     finally:
@@ -64,10 +64,12 @@ def run_processes(
             process.wait()
 
 
-def start(experiment: Experiment, job: Job, folder: Path, device: str, save_s: float) -> subprocess.Popen[bytes]:
+def start(
+    experiment: Experiment, job: Job, folder: Path, device: str, save_s: float, slots: int
+) -> subprocess.Popen[bytes]:
     request = folder / "work" / f"{job.key}.request.json"
     values = {"experiment": experiment.model_dump(mode="json"), "job": asdict(job), "folder": str(folder),
-              "device": device, "save_s": save_s}  # fmt: skip
+              "device": device, "save_s": save_s, "slots": slots}  # fmt: skip
     replace_text(request, json.dumps(values))
     log = folder / "logs" / f"{job.key}.log"
     log.parent.mkdir(exist_ok=True)
@@ -77,7 +79,7 @@ def start(experiment: Experiment, job: Job, folder: Path, device: str, save_s: f
         )
 
 
-def outcome(experiment: Experiment, job: Job, folder: Path, code: int) -> Any:
+def outcome(experiment: Experiment, job: Job, folder: Path, code: int, slots: int) -> Record:
     """The record that the process wrote, or one that says how it ended without."""
     (folder / "work" / f"{job.key}.request.json").unlink(missing_ok=True)
     path = folder / "runs" / f"{job.key}.json"
@@ -86,13 +88,12 @@ def outcome(experiment: Experiment, job: Job, folder: Path, code: int) -> Any:
     how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
     if code == -9:
         how += " (out of memory?)"
-    return record_failure(experiment, job, folder, f"the run's process was {how}; see logs/{job.key}.log")
+    return record_failure(experiment, job, folder, f"the run's process was {how}; see logs/{job.key}.log", slots)
 
 
-def record_failure(experiment: Experiment, job: Job, folder: Path, error: str) -> dict[str, Any]:
-    settings = settings_of(experiment, job)
-    record = {"schema": SCHEMA, "key": job.key, "experiment": experiment.name, **asdict(job), "settings": settings,
-              "fingerprint": fingerprint(settings), **provenance(), **failed(error)}  # fmt: skip
+def record_failure(experiment: Experiment, job: Job, folder: Path, error: str, slots: int) -> Record:
+    """For a run whose process cannot say so itself any more."""
+    record = begun(experiment, job, slots) | failed(error)
     write_record(folder, record)
     return record
 

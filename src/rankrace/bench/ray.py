@@ -13,6 +13,7 @@ import torch
 from rankrace.bench.experiment import Experiment, Job
 from rankrace.bench.job import perform
 from rankrace.bench.local import Next, record_failure
+from rankrace.bench.record import Record
 from rankrace.bench.store import Store
 from rankrace.errors import RankraceError
 
@@ -22,7 +23,7 @@ RETRIES = 3
 
 def run_ray(
     experiment: Experiment, store: Store, upcoming: Next, device: str, save_s: float, slots: int
-) -> Iterator[Any]:
+) -> Iterator[Record]:
     """Up to `slots` runs at once; on a GPU each has one of its own.
 
     Raises:
@@ -46,7 +47,7 @@ def run_ray(
     try:
         while True:
             for job in upcoming({job.key for job in working.values()})[: slots - len(working)]:
-                working[remote.remote(experiment, job, folder, device, save_s)] = job
+                working[remote.remote(experiment, job, folder, device, save_s, slots)] = job
             if not working:
                 return
             done, _ = ray.wait(list(working), num_returns=1)
@@ -55,6 +56,6 @@ def run_ray(
                 yield ray.get(done[0])
             except ray.exceptions.RayError as error:
                 what = f"the run's worker was lost {RETRIES + 1} times: {str(error).splitlines()[0]}"
-                yield record_failure(experiment, job, folder, what)
+                yield record_failure(experiment, job, folder, what, slots)
     finally:
         ray.shutdown()

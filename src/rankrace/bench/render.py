@@ -43,7 +43,7 @@ def body(table: Table, bold: Mark, plus_minus: str, dagger: str) -> list[list[st
     for row in table.rows:
         scores = [shown(row.cells.get(task), bold, plus_minus, dagger) for task in table.tasks]
         mean = [f"{row.glue:.2f}" if row.glue is not None else "–"] if glue else []
-        lines.append([row.method, *scores, *mean, *costs(row)])
+        lines.append([row.method, *scores, *mean, *costs(row, table)])
     for name, values in table.baselines.items():
         scores = [f"{values[task]:.2f}" if task in values else "–" for task in table.tasks]
         lines.append([f"always {name}", *scores, *(["–"] if glue else []), *["–"] * 6])
@@ -60,8 +60,8 @@ def shown(cell: Cell | None, bold: Mark, plus_minus: str, dagger: str) -> str:
     return text + (dagger if cell.tie else "")
 
 
-def costs(row: Row) -> list[str]:
-    if not row.cells:
+def costs(row: Row, table: Table) -> list[str]:
+    if not row.cells or not table.common:
         return ["–"] * 6
     low, high = (min(row.ranks), max(row.ranks)) if row.ranks else (0, 0)
     return [
@@ -78,7 +78,12 @@ def markdown(table: Table) -> str:
     names = header(table)
     lines = [names, ["---"] + ["---:"] * (len(names) - 1), *body(table, lambda t: f"**{t}**", "±", " †")]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table.model}\n\n{text}\n\n" + "\n".join(f"- {note}" for note in table.notes) + "\n"
+    claims = "Against the paper's claims:\n\n" + listed(table.claims) + "\n" if table.claims else ""
+    return f"{table.model}\n\n{text}\n\n{claims}Notes:\n\n{listed(table.notes)}"
+
+
+def listed(sentences: list[str]) -> str:
+    return "".join(f"- {sentence}\n" for sentence in sentences)
 
 
 def latex(table: Table) -> str:
@@ -101,7 +106,7 @@ def latex(table: Table) -> str:
             *lines,
             r"\bottomrule",
             r"\end{tabular}",
-            *(f"% {note}" for note in table.notes),
+            *(f"% {note}" for note in [*table.claims, *table.notes]),
             "",
         ]
     )
@@ -117,10 +122,10 @@ def as_csv(table: Table) -> str:
     )  # fmt: skip
     for row in table.rows:
         for task, cell in row.cells.items():
+            behind = (cell.behind.mean, cell.behind.se, cell.best, cell.tie)
             writer.writerow(
-                [row.method, task, TASKS[task].metrics[0], cell.mean, cell.half_width, len(cell.seeds), cell.behind,
-                 cell.behind_se, cell.best, cell.tie, row.parameters, row.train_s, row.search_s, row.tuning_s,
-                 row.peak_bytes]
+                [row.method, task, TASKS[task].metrics[0], cell.mean, cell.half_width, len(cell.seeds), *behind,
+                 row.parameters, row.train_s, row.search_s, row.tuning_s, row.peak_bytes]
             )  # fmt: skip
     return buffer.getvalue()
 
@@ -133,7 +138,7 @@ def html(table: Table, figures: list[str]) -> str:
 
     names = line([escape(n) for n in header(table)], "th")
     rows = [line(cells, "td") for cells in body(table, lambda t: f"<b>{t}</b>", "±", " †")]
-    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in [*table.claims, *table.notes])
     style = "body{font:15px/1.5 system-ui;margin:2rem;max-width:75rem}td,th{padding:.2rem .7rem;text-align:right}"
     style += "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#8881}svg{max-width:48rem}"
     return (
@@ -144,14 +149,13 @@ def html(table: Table, figures: list[str]) -> str:
 
 
 def figure(table: Table, cost: str) -> str:
-    """Mean score over the tasks that all methods shown have run on, against a cost."""
+    """Mean score over the tasks that all methods have run on, against a cost."""
     trained = [row for row in table.rows if row.parameters and row.cells]
-    common = [task for task in table.tasks if all(task in row.cells for row in trained)]
-    drawing, (axes,) = canvas(WIDE, f"Mean score over {', '.join(common) or 'no common task'}")
+    drawing, (axes,) = canvas(WIDE, f"Mean score over {', '.join(table.common) or 'no common task'}")
     points = []
-    for row in trained if common else []:
+    for row in trained if table.common else []:
         x = row.parameters if cost == "parameters" else row.train_s
-        points.append((x, sum(row.cells[task].mean for task in common) / len(common), row.method))
+        points.append((x, sum(row.cells[task].mean for task in table.common) / len(table.common), row.method))
     axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=RAMP[5], s=30, zorder=3)
     for x, y, name in points:
         axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=WIDE.font)

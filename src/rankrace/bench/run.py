@@ -1,16 +1,16 @@
 """`rankrace bench run`: fills what is missing of an experiment."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from rankrace.bench.experiment import Job, read_experiment
+from rankrace.bench.experiment import Job, narrowed, read_experiment
 from rankrace.bench.job import SAVE_S
 from rankrace.bench.local import run_inline, run_processes
 from rankrace.bench.ray import run_ray
+from rankrace.bench.record import Record
 from rankrace.bench.store import Store, check, due
 from rankrace.session import chosen_device
 
@@ -20,6 +20,9 @@ def run_experiment(
     out: Path,
     *,
     model: str | None = None,
+    methods: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    seeds: Sequence[str] | None = None,
     runner: str = "local",
     slots: int = 1,
     device: str = "auto",
@@ -31,7 +34,8 @@ def run_experiment(
     """Runs all that is missing, and records what fails.
 
     Args:
-        model: in place of the experiment's own.
+        model: where the experiment's model lies, if not under its name.
+        methods, tasks, seeds: only these of the experiment's.
         slots: runs at once; 0: one after another in this process.
         memory_gib: free memory of the GPU that a further run beside others wants.
         stop_after: minutes after which no new run starts.
@@ -44,7 +48,7 @@ def run_experiment(
         RankraceError: a bad experiment, or a folder that cannot be used.
         Interrupted: Ctrl-C; the runs in hand were saved.
     """
-    experiment = read_experiment(path, model)
+    experiment = narrowed(read_experiment(path, model), methods=methods, tasks=tasks, seeds=seeds)
     chosen_device(device)
     console, store = Console(stderr=True, highlight=False), Store(out)
     began, tried = time.monotonic(), set[str]()
@@ -57,7 +61,7 @@ def run_experiment(
             return []
         return [job for job in left() if job.key not in working]
 
-    def chosen() -> Iterator[dict[str, Any]]:
+    def chosen() -> Iterator[Record]:
         if runner == "ray":
             return run_ray(experiment, store, upcoming, device, save_s, max(1, slots))
         if slots == 0:
@@ -81,7 +85,7 @@ def run_experiment(
         return len(tried), failed, len(left())
 
 
-def line(record: dict[str, Any], done: int, left: int) -> str:
+def line(record: Record, done: int, left: int) -> str:
     """What is said of a finished run."""
     if record["status"] == "failed":
         found = "failed: " + record["error"].splitlines()[0]

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from rankrace.bench.experiment import Experiment, Job, fingerprint, settings_of
+from rankrace.bench.record import SCHEMA, Record
 from rankrace.errors import RankraceError
 
-SCHEMA = "rankrace/bench/1"
 COLUMNS = {
     "key": "text primary key", "experiment": "text", "method": "text", "task": "text", "seed": "integer",
     "scale": "real", "tuning": "integer", "status": "text", "error": "text", "metric": "text", "value": "real",
     "validation_loss": "real", "learning_rate": "real", "rank": "integer", "parameters": "integer",
-    "train_s": "real", "search_s": "real", "peak_bytes": "integer", "device": "text", "commit_id": "text",
+    "train_s": "real", "search_s": "real", "peak_bytes": "integer", "slots": "integer", "device": "text",
+    "commit_id": "text",
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ class Store:
         finally:
             os.close(handle)
 
-    def records(self) -> dict[str, dict[str, Any]]:
+    def records(self) -> dict[str, Record]:
         """All whole records by key; a broken file is renamed to *.broken, and its run is missing again."""
         found = {}
         for path in sorted(self.runs.glob("*.json")):
@@ -76,7 +77,7 @@ class Store:
                 self.set_aside.append(aside)
         return found
 
-    def index(self, records: dict[str, dict[str, Any]]) -> None:
+    def index(self, records: dict[str, Record]) -> None:
         """Makes index.sqlite anew."""
         partial = self.folder / ".index.partial"
         partial.unlink(missing_ok=True)
@@ -88,7 +89,7 @@ class Store:
         partial.rename(self.folder / "index.sqlite")
 
 
-def flat(record: dict[str, Any]) -> dict[str, Any]:
+def flat(record: Record) -> dict[str, Any]:
     """A record as a row of the index."""
     metric = next(iter(record["metrics"]), None)
     time, hardware = record.get("time", {}), record.get("hardware", {})
@@ -103,7 +104,7 @@ def flat(record: dict[str, Any]) -> dict[str, Any]:
     return {name: more[name] if name in more else record.get(name) for name in COLUMNS}
 
 
-def due(experiment: Experiment, records: dict[str, dict[str, Any]], *, retry: bool = False) -> list[Job]:
+def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = False) -> list[Job]:
     """The runs that can start now: what is missing, tuning before the runs that need its outcome.
 
     Args:
@@ -138,14 +139,14 @@ def tuning_jobs(experiment: Experiment, method: str, task: str) -> list[Job]:
     return [Job(method=method, task=task, seed=seed, scale=scale, tuning=True) for scale in scales]
 
 
-def best_scale(tuning: list[Job], records: dict[str, dict[str, Any]]) -> float:
+def best_scale(tuning: list[Job], records: dict[str, Record]) -> float:
     """That of the lowest validation loss; of runs that failed none. 1 where nothing was tuned or nothing worked."""
     losses = {job.scale: records[job.key]["validation_loss"] for job in tuning}
     finite = {scale: loss for scale, loss in losses.items() if loss is not None}
     return min(finite, key=lambda scale: finite[scale]) if finite else 1.0
 
 
-def check(experiment: Experiment, records: dict[str, dict[str, Any]]) -> None:
+def check(experiment: Experiment, records: dict[str, Record]) -> None:
     """Raises RankraceError when a record of the grid was made with other settings than are asked for now."""
     for key, record in records.items():
         if record["method"] not in experiment.methods or record["task"] not in experiment.tasks:

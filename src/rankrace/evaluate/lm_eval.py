@@ -30,7 +30,7 @@ def evaluate_with_lm_eval(
         raise RankraceError(
             "--evaluator lm-eval needs the package lm-eval",
             why="it is an optional part of rankrace",
-            fix="pip install 'rankrace[lm-eval]'",
+            fix="pip install 'rankrace[eval]'",
         ) from error
     file = Path(task)
     manager = tasks.TaskManager(include_path=str(file.parent) if file.is_file() else None)
