@@ -300,9 +300,7 @@ app.add_typer(bench, name="bench")
 def bench_run(
     experiment: Annotated[Path, typer.Argument(help="A YAML file such as experiments/smoke.yaml.")],
     out_folder: Annotated[Path | None, typer.Option("--out", help="Results folder. Default: results/NAME.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the experiment's model lies, if not under its name.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Where its model lies, if not under its name.")] = None,
     methods: Annotated[str | None, typer.Option(help="Only these of its methods: lora-r8,shrink.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these of its tasks.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Only these of its seeds.")] = None,

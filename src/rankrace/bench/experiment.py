@@ -161,10 +161,8 @@ def config_of(experiment: Experiment, job: Job, out: Path, device: str) -> RunCo
     options = {**experiment.common, **experiment.per_task.get(job.task, {})}
     # The methods are compared on one engine: nothing is switched on by itself for some of them only.
     engine = {"compile": "off", "cuda_graphs": "on" if device.startswith("cuda") else "off"}
-    return checked(
-        {**engine, **options, "model": experiment.weights or experiment.model, "data": job.task, "seed": job.seed, "out": out,
-         "device": device}
-    )  # fmt: skip
+    here = {"model": experiment.weights or experiment.model, "data": job.task, "out": out, "device": device}
+    return checked({**engine, **options, **here, "seed": job.seed})
 
 
 def settings_of(experiment: Experiment, job: Job) -> dict[str, Any]:
