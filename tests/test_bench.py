@@ -145,12 +145,19 @@ def test_an_empty_answer_to_every_question_of_squad2_scores_54_7(data_root: Path
     assert find_task("squad2").score([""] * len(rows), rows)["f1"] == pytest.approx(54.7, abs=0.05)
 
 
+JOB = Job(method="adalora-r8", task="sst2", seed=0, scale=1.0, tuning=False)
+
+
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama: Path) -> None:
     """A process of its own, stopped by a signal in mid-run; the second one ends where one undisturbed does."""
     common = {"max_steps": 30, "epochs": 30}
     experiment = written(tmp_path, llama, methods=["adalora-r8"], tasks=["sst2"], common=common)
-    request = request_of(experiment, tmp_path / "out", save_s=0.0)
-    worker = [sys.executable, "-m", "rankrace.bench.job", str(request)]
+    code = (
+        "from pathlib import Path; from rankrace.bench.experiment import Job, read_experiment;"
+        "from rankrace.bench.job import perform;"
+        f"perform(read_experiment(Path({str(experiment)!r})), {JOB!r}, Path({str(tmp_path / 'out')!r}), 'cpu', 0.0)"
+    )
+    worker = [sys.executable, "-c", code]
     process = subprocess.Popen(worker)
     checkpoints = tmp_path / "out" / "work" / "sst2--adalora-r8--seed0--lr1"
     wait_for(lambda: len(list(checkpoints.glob("step-*"))) > 1)
@@ -164,19 +171,8 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     resumed = record(tmp_path, key)
     assert resumed["steps"] == 30
     (tmp_path / "whole").mkdir()
-    read, job = read_experiment(experiment), Job(**json.loads(request.read_text())["job"])
-    perform(read, job, tmp_path / "whole" / "out", "cpu")
+    perform(read_experiment(experiment), JOB, tmp_path / "whole" / "out", "cpu")
     assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
-
-
-def request_of(experiment: Path, out: Path, save_s: float) -> Path:
-    read = read_experiment(experiment)
-    job = {"method": read.methods[0], "task": read.tasks[0], "seed": 0, "scale": 1.0, "tuning": False}
-    values = {"experiment": read.model_dump(mode="json"), "job": job, "folder": str(out), "device": "cpu",
-              "save_s": save_s}  # fmt: skip
-    path = out.parent / "request.json"
-    path.write_text(json.dumps(values))
-    return path
 
 
 def wait_for(condition: Any) -> None:

@@ -3,10 +3,8 @@
 python -m rankrace.bench.job REQUEST.json     # as the runners start it: one process a run
 """
 
-import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -198,21 +196,3 @@ def trained(running: Running, checkpoints: Path, save_s: float, *, keep: bool) -
         if keep:
             save()
     return first, seconds, peak
-
-
-def main() -> None:
-    from rankrace.cli import quieten
-
-    quieten()
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    try:
-        perform(
-            Experiment(**request["experiment"]), Job(**request["job"]), Path(request["folder"]), request["device"],
-            request["save_s"], request["slots"],
-        )  # fmt: skip
-    except Stopped:
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

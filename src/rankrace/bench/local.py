@@ -1,15 +1,16 @@
 """Runs the jobs of an experiment on this machine.
 
-slots = 0: one after another in this process, so that nothing is loaded twice (short sittings on a GPU).
+slots = 0: one after another in this process, so that nothing is loaded twice.
 slots ≥ 1: each run in a process of its own, so many at once; one that is killed is recorded and the rest goes on.
 """
 
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ from rankrace.bench.job import Stopped, perform
 from rankrace.bench.record import Record, begun, failed, write_record
 from rankrace.bench.store import Store
 from rankrace.interrupt import Interrupted
-from rankrace.result import replace_text
 
 POLL_S = 0.2
 Next = Callable[[set[str]], list[Job]]
@@ -41,50 +41,52 @@ def run_processes(
     experiment: Experiment, store: Store, upcoming: Next, device: str, save_s: float, slots: int, memory_gib: float
 ) -> Iterator[Record]:
     """Each in a process of its own, at most `slots` at once; on a GPU only where `memory_gib` are free."""
-    working: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
+    # A server that has all modules loaded, and no GPU in use, forks: a run starts at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rankrace.bench.job"])
+    working: dict[str, tuple[Job, ForkServerProcess]] = {}
+    folder = store.folder.absolute()
     try:
         while True:
             for job in upcoming(set(working)):
                 if len(working) >= slots or not has_room(device, memory_gib, bool(working)):
                     break
-                working[job.key] = (job, start(experiment, job, store.folder, device, save_s, slots))
+                log = folder / "logs" / f"{job.key}.log"
+                process = context.Process(target=work, args=(log, experiment, job, folder, device, save_s, slots))
+                process.start()
+                working[job.key] = (job, process)
             if not working:
                 return
             time.sleep(POLL_S)
             for key, (job, process) in list(working.items()):
-                if process.poll() is not None:
+                if process.exitcode is not None:
                     del working[key]
-                    yield outcome(experiment, job, store.folder, process.returncode, slots)
+                    yield outcome(experiment, job, folder, process.exitcode, slots)
     except KeyboardInterrupt:
         raise Interrupted("the same command again") from None
     finally:
         for _, process in working.values():
             process.terminate()  # the run saves itself
         for _, process in working.values():
-            process.wait()
+            process.join()
 
 
-def start(
-    experiment: Experiment, job: Job, folder: Path, device: str, save_s: float, slots: int
-) -> subprocess.Popen[bytes]:
-    request = folder / "work" / f"{job.key}.request.json"
-    values = {"experiment": experiment.model_dump(mode="json"), "job": asdict(job), "folder": str(folder),
-              "device": device, "save_s": save_s, "slots": slots}  # fmt: skip
-    replace_text(request, json.dumps(values))
-    log = folder / "logs" / f"{job.key}.log"
+def work(log: Path, experiment: Experiment, job: Job, folder: Path, device: str, save_s: float, slots: int) -> None:
+    """What the process of a run does; all that it prints goes to the log."""
     log.parent.mkdir(exist_ok=True)
     with log.open("ab") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", "rankrace.bench.job", str(request)], stdout=stream, stderr=subprocess.STDOUT
-        )
+        for standard in (1, 2):
+            os.dup2(stream.fileno(), standard)
+    try:
+        perform(experiment, job, folder, device, save_s, slots)
+    except Stopped:
+        sys.exit(130)
 
 
 def outcome(experiment: Experiment, job: Job, folder: Path, code: int, slots: int) -> Record:
     """The record that the process wrote, or one that says how it ended without."""
-    (folder / "work" / f"{job.key}.request.json").unlink(missing_ok=True)
-    path = folder / "runs" / f"{job.key}.json"
     if code == 0:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((folder / "runs" / f"{job.key}.json").read_text(encoding="utf-8"))
     how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
     if code == -9:
         how += " (out of memory?)"
