@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: P
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     key = "sst2--lora-r8--seed0--lr1"
     wait_for(lambda: len(list((out / "work" / key).glob("step-*"))) > 1)
-    os.kill(ray_worker(), signal.SIGKILL)
+    os.kill(ray_worker(driver.pid), signal.SIGKILL)
     printed, _ = driver.communicate(timeout=120)
     assert "(1, 0, 0)" in printed
     done = record(tmp_path, key)
@@ -202,18 +203,25 @@ def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: P
     assert done["resumed_at"] > 0
 
 
-def ray_worker() -> int:
-    """The process of the one run: Ray gives its workers the names of their tasks."""
-    found = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if named(path, b"ray::perform")]
+def ray_worker(driver: int) -> int:
+    """The process of the driver's one run: Ray gives its workers the names of their tasks."""
+    named = [p for p in Path("/proc").glob("[0-9]*") if said(p / "cmdline").startswith(b"ray::perform")]
+    found = [int(p.name) for p in named if driver in ancestors(int(p.name))]
     assert len(found) == 1
     return found[0]
 
 
-def named(command: Path, start: bytes) -> bool:
+def ancestors(process: int) -> Iterator[int]:
+    while process > 1:
+        process = int(said(Path(f"/proc/{process}/stat")).rpartition(b")")[2].split()[1])
+        yield process
+
+
+def said(path: Path) -> bytes:
     try:
-        return command.read_bytes().startswith(start)
-    except OSError:  # it has just ended
-        return False
+        return path.read_bytes()
+    except OSError:  # the process has just ended
+        return b""
 
 
 # --- bad input
