@@ -213,7 +213,8 @@ def ray_worker(driver: int) -> int:
 
 def ancestors(process: int) -> Iterator[int]:
     while process > 1:
-        process = int(said(Path(f"/proc/{process}/stat")).rpartition(b")")[2].split()[1])
+        fields = said(Path(f"/proc/{process}/stat")).rpartition(b")")[2].split()
+        process = int(fields[1]) if fields else 0
         yield process
 
 

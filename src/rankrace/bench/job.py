@@ -6,6 +6,7 @@ python -m rankrace.bench.job REQUEST.json     # as the runners start it: one pro
 import math
 import shutil
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ def perform(
     except RankraceError as error:
         record |= failed(str(error))
     except Exception as error:  # the rest of the grid must go on; the record says what happened
+        traceback.print_exc()
         record |= failed(f"{type(error).__name__}: {error}")
     record["wall_s"] = round(time.perf_counter() - began, 2)
     write_record(folder, record)
