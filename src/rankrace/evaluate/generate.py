@@ -46,11 +46,9 @@ def generate(
     model.bank.refresh()
     with remembering(model.model):
         for chosen in batches([len(p) for p in prompts], max_new_tokens, cells(model.model)):
-            out_NA = answer([prompts[i] for i in chosen], model, eos, max_new_tokens, micro_tokens).cpu()
-            ended = [[*row, eos].index(eos) for row in out_NA.tolist()]
-            texts = tokenizer.batch_decode(
-                [row[:end] for row, end in zip(out_NA, ended, strict=True)], skip_special_tokens=True
-            )
+            out_NA = answer([prompts[i] for i in chosen], model, eos, max_new_tokens, micro_tokens).tolist()
+            written = [row[: [*row, eos].index(eos)] for row in out_NA]
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
     return answers
