@@ -30,7 +30,7 @@ class Read:
 
 def read(config: RunConfig, kind: Literal["causal", "classification"]) -> Read:
     """The task config.data for the model config.model. Runs in one process share what they read."""
-    return _read(kind, config.model_dump_json(exclude={"out", "device"}))
+    return _read(kind, config.model_copy(update={"out": Path(), "device": "auto"}).model_dump_json())
 
 
 @lru_cache(maxsize=2)

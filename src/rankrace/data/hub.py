@@ -10,14 +10,20 @@ if TYPE_CHECKING:
 
 
 def load_hub(
-    name: str, subset: str | None, *, what: str, instead: str, **which: str | None
+    name: str,
+    subset: str | None,
+    *,
+    what: str,
+    instead: str,
+    split: str | None = None,
+    revision: str | None = None,
 ) -> "datasets.Dataset | datasets.DatasetDict":
-    """One data set, or what `which` says of it.
+    """One data set, or a split of it.
 
     Args:
         what: what an error says of it, before "could not be loaded".
         instead: what the user can do without the hub, after "or".
-        which: split and revision, for part of the data set.
+        revision: of the data set's repository.
 
     Raises:
         RankraceError: the package datasets is missing, or the hub does not give it.
@@ -33,7 +39,7 @@ def load_hub(
         ) from error
     # trust_remote_code does not exist any more: a hub data set is data, and no code of it is run.
     try:
-        found = datasets.load_dataset(name, subset, **which)  # pyright: ignore[reportArgumentType]
+        found = datasets.load_dataset(name, subset, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise RankraceError(
             f"{what} could not be loaded from the hub.",

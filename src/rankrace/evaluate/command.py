@@ -54,7 +54,7 @@ def evaluate(
     splits = chosen.splits(Path(root) if root else None, seed)
     rows = (splits.test if part == "test" else splits.validation)[:limit]
     config = RunConfig(model="model", data="data", seed=seed)
-    names = base.config.id2label if kind == "classification" else None
+    names: dict[int, str] | None = base.config.id2label if kind == "classification" else None  # pyright: ignore[reportAssignmentType]
     encoder = Encoder(
         tokenizer,
         task=kind,
