@@ -54,6 +54,8 @@ def predict(
     Args:
         generated: let the model write the answer, also where it could choose.
     """
+    if not rows:
+        return []
     examples = read_examples(training_rows(task, rows, classification=encoder.task == "classification"), task.name)[1]
     if encoder.task == "classification":
         assert encoder.labels is not None
