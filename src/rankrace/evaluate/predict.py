@@ -1,6 +1,6 @@
 """Rows of a task → predictions, the way that the task wants them.
 
-Options and classes are compared by their likelihood on packed rows, as in training; answers are generated.
+Options are compared by their likelihood on packed rows, as in training, and so are classes; answers are generated.
 
 Shapes: K = 1 candidate, N examples.
 """
@@ -59,9 +59,8 @@ def predict(
     examples = read_examples(training_rows(task, rows, classification=encoder.task == "classification"), task.name)[1]
     if encoder.task == "classification":
         assert encoder.labels is not None
-        encoded = encoder.encode_batch(examples)
-        choices = [[replace(e, label=c) for c in range(len(encoder.labels))] for e in encoded]
-        return [encoder.labels[best] for best in likeliest(trainer, choices)]
+        classes = classified(trainer, encoder.encode_batch(examples), len(encoder.labels))
+        return [encoder.labels[c] for c in classes]
     if task.kind == "generation" or generated:
         prompts = [e.input_ids[: int(np.argmax(e.supervised))] for e in encoder.encode_batch(examples)]
         return generate(trainer.model, tokenizer, prompts, task.max_new_tokens, trainer.recipe.micro_tokens)
@@ -70,6 +69,16 @@ def predict(
     choices = [[next(encoded) for _ in row["options"]] for row in rows]
     best = likeliest(trainer, choices)
     return [row["options"][i].strip() for row, i in zip(rows, best, strict=True)]
+
+
+def classified(trainer: Trainer[Any], encoded: Sequence[Encoded], classes: int) -> list[int]:
+    """Each example's likeliest class: what is neither the first nor the second … is the last."""
+    found_N, left = np.full(len(encoded), classes - 1), np.arange(len(encoded))
+    for c in range(classes - 1):
+        is_c = trainer.measure([replace(encoded[i], label=c) for i in left]).correct_KN[0]
+        found_N[left[is_c]] = c
+        left = left[~is_c]
+    return found_N.tolist()
 
 
 def likeliest(trainer: Trainer[Any], choices: Sequence[Sequence[Encoded]]) -> list[int]:
