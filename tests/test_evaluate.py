@@ -9,14 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from models import CAUSAL, VOCABULARY, tiny
+from examples import examples
+from models import CAUSAL, CLASSIFYING, VOCABULARY, tiny
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Encoded
 from rankrace.errors import RankraceError
 from rankrace.evaluate.generate import answer, batches, generate, remembering
-from rankrace.evaluate.predict import predict, row_scores, training_rows
+from rankrace.evaluate.predict import classified, predict, row_scores, training_rows
 from rankrace.methods.parameters import Parameters
 from rankrace.session import recipe_of
 from rankrace.tasks import find_task
@@ -115,6 +116,20 @@ def test_options_are_chosen_by_likelihood(trainer: Trainer[Bank], smollm2: Path)
     assert predictions == expected
     assert row_scores(find_task("medqa"), predictions, ROWS) == [float(p == r["answers"][0]) for p, r in
                                                                  zip(predictions, ROWS, strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CLASSIFYING)
+def test_the_likeliest_of_three_classes(family: str) -> None:
+    """Against the argmax of the model's own logits, an example at a time."""
+    model = tiny(family).eval()
+    model.config.pad_token_id = 0
+    encoded = examples(24, classes=3)
+    with torch.no_grad():
+        expected = [int(model(input_ids=torch.tensor(e.input_ids)[None].long()).logits[0].argmax()) for e in encoded]
+    assert set(expected) == {0, 1, 2}
+    trainer = Trainer(PackedModel(model, Parameters(model, {}), "classification"), [],
+                      recipe_of(RunConfig(model="m", data="d"), 64))  # fmt: skip
+    assert classified(trainer, encoded, 3) == expected
 
 
 def test_batches_cover_all_prompts_within_the_budget() -> None:
