@@ -176,6 +176,27 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_runner_that_is_terminated_saves_its_runs_and_leaves_none(tmp_path: Path, bert: Path, slots: int) -> None:
+    common = {"max_steps": 100_000, "epochs": 100_000}
+    experiment = written(tmp_path, bert, methods=["full", "lora-r8"], tasks=["rte"], common=common)
+    out = tmp_path / "out"
+    code = (
+        "from pathlib import Path; from rankrace.bench.run import run_experiment;"
+        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots={slots}, device='cpu', save_s=0.0)"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list(out.glob("work/*"))) == max(1, slots))
+    runner.send_signal(signal.SIGTERM)
+    _, said = runner.communicate(timeout=60)
+    assert "rankrace.interrupt.Interrupted: the same command again" in said
+    assert not list((out / "runs").iterdir()), "what was stopped has not failed"
+    reached = sorted(out.glob("work/*/step-*"))
+    assert reached
+    time.sleep(0.5)  # some hundred steps
+    assert sorted(out.glob("work/*/step-*")) == reached, "a run goes on without its runner"
+
+
 def wait_for(condition: Any) -> None:
     deadline = time.monotonic() + 60
     while not condition():

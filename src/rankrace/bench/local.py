@@ -22,6 +22,8 @@ from rankrace.bench.store import Store
 from rankrace.interrupt import Interrupted
 
 POLL_S = 0.2
+STOPPED = 130
+"""The exit code of a run that a signal stopped, and that can go on."""
 Next = Callable[[set[str]], list[Job]]
 """Keys of runs in progress → jobs that may start now."""
 
@@ -31,7 +33,7 @@ def run_inline(experiment: Experiment, store: Store, upcoming: Next, device: str
     while jobs := upcoming(set()):
         try:
             yield perform(experiment, jobs[0], store.folder, device, save_s, slots=0)
-        except (Stopped, KeyboardInterrupt):
+        except Stopped:
             raise Interrupted("the same command again") from None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -61,9 +63,8 @@ def run_processes(
             for key, (job, process) in list(working.items()):
                 if process.exitcode is not None:
                     del working[key]
-                    yield outcome(experiment, job, folder, process.exitcode, slots)
-    except KeyboardInterrupt:
-        raise Interrupted("the same command again") from None
+                    if process.exitcode != STOPPED:  # it is missing still
+                        yield outcome(experiment, job, folder, process.exitcode, slots)
     finally:
         for _, process in working.values():
             process.terminate()  # the run saves itself
@@ -79,8 +80,8 @@ def work(log: Path, experiment: Experiment, job: Job, folder: Path, device: str,
             os.dup2(stream.fileno(), standard)
     try:
         perform(experiment, job, folder, device, save_s, slots)
-    except Stopped:
-        sys.exit(130)
+    except (Stopped, KeyboardInterrupt):
+        sys.exit(STOPPED)
 
 
 def outcome(experiment: Experiment, job: Job, folder: Path, code: int, slots: int) -> Record:

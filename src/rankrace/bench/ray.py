@@ -12,7 +12,7 @@ import torch
 
 from rankrace.bench.experiment import Experiment, Job
 from rankrace.bench.job import perform
-from rankrace.bench.local import Next, record_failure
+from rankrace.bench.local import POLL_S, Next, record_failure
 from rankrace.bench.record import Record
 from rankrace.bench.store import Store
 from rankrace.errors import RankraceError
@@ -50,7 +50,9 @@ def run_ray(
                 working[remote.remote(experiment, job, folder, device, save_s, slots)] = job
             if not working:
                 return
-            done, _ = ray.wait(list(working), num_returns=1)
+            done, _ = ray.wait(list(working), num_returns=1, timeout=POLL_S)
+            if not done:
+                continue
             job = working.pop(done[0])
             try:
                 yield ray.get(done[0])

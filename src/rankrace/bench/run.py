@@ -12,6 +12,7 @@ from rankrace.bench.local import run_inline, run_processes
 from rankrace.bench.ray import run_ray
 from rankrace.bench.record import Record
 from rankrace.bench.store import Store, check, due
+from rankrace.interrupt import Interrupted, Interrupts
 from rankrace.session import chosen_device
 
 
@@ -46,7 +47,7 @@ def run_experiment(
 
     Raises:
         RankraceError: a bad experiment, or a folder that cannot be used.
-        Interrupted: Ctrl-C; the runs in hand were saved.
+        Interrupted: Ctrl-C or SIGTERM; the runs in hand were saved.
     """
     experiment = narrowed(read_experiment(path, model), methods=methods, tasks=tasks, seeds=seeds)
     chosen_device(device)
@@ -57,6 +58,8 @@ def run_experiment(
         return [job for job in due(experiment, records, retry=retry) if job.key not in tried]
 
     def upcoming(working: set[str]) -> list[Job]:
+        if interrupts.asked:
+            raise Interrupted("the same command again")
         if stop_after is not None and time.monotonic() - began > 60 * stop_after:
             return []
         return [job for job in left() if job.key not in working]
@@ -68,7 +71,7 @@ def run_experiment(
             return run_inline(experiment, store, upcoming, device, save_s)
         return run_processes(experiment, store, upcoming, device, save_s, slots, memory_gib)
 
-    with store.locked():
+    with store.locked(), Interrupts() as interrupts:
         records = store.records()
         for path in store.set_aside:
             console.print(f"Set aside, and run again: {path} was no whole record", markup=False, soft_wrap=True)
