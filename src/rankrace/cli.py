@@ -261,5 +261,89 @@ def merge(
     out.print(f"merged into {out_folder}; largest difference of a logit: {worst:.2g}", markup=False)
 
 
+@app.command(name="eval")
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="OUT/adapter of a finished run, or any PEFT adapter.")],
+    task: Annotated[str, typer.Option(help="squad2, sst2, … ; with lm-eval a task of its own or its YAML file.")],
+    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    part: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many rows.")] = None,
+    generated: Annotated[bool, typer.Option(help="Let the model write answers that it could choose.")] = False,
+    evaluator: Annotated[str, typer.Option(help="rankrace or lm-eval.")] = "rankrace",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Draws the validation part, where the task has none.")] = 0,
+) -> None:
+    """Measure an adapter on a task."""
+    from rankrace.evaluate.command import evaluate as run
+    from rankrace.evaluate.command import one_of
+
+    quieten()
+    one_of("part", part, ("test", "validation"))
+    one_of("evaluator", evaluator, ("rankrace", "lm-eval"))
+    if evaluator == "lm-eval":
+        from rankrace.evaluate.lm_eval import evaluate_with_lm_eval
+
+        scores = evaluate_with_lm_eval(adapter, task, model=model, limit=limit, device=device)
+    else:
+        scores = run(
+            adapter, task, model=model, part=part, limit=limit, generated=generated, device=device, seed=seed
+        )
+    for name, value in scores.items():
+        say(name, f"{value:.2f}" if isinstance(value, float) else str(value))
+
+
+bench = typer.Typer(help="Experiments: methods × tasks × seeds.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command(name="run")
+def bench_run(
+    experiment: Annotated[Path, typer.Argument(help="A YAML file such as experiments/smoke.yaml.")],
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Results folder. Default: results/NAME.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where its model lies, if not under its name.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these of its methods: lora-r8,shrink.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these of its tasks.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these of its seeds.")] = None,
+    runner: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    slots: Annotated[int, typer.Option(min=0, help="Runs at once; 0: one after another in this process.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    memory_gib: Annotated[float, typer.Option(min=0, help="Free GPU memory that a further run wants.")] = 0.0,
+    stop_after: Annotated[float | None, typer.Option(min=0, help="Minutes after which no run starts.")] = None,
+    retry_failed: Annotated[bool, typer.Option(help="Run again what has failed.")] = False,
+) -> None:
+    """Run what is missing of an experiment; failures are recorded and do not stop the rest."""
+    from rankrace.bench.run import run_experiment
+    from rankrace.evaluate.command import one_of
+
+    quieten()
+    one_of("runner", runner, ("local", "ray"))
+    folder = out_folder or Path("results") / experiment.stem
+    done, failed, left = run_experiment(
+        experiment, folder, model=model, methods=listed(methods), tasks=listed(tasks), seeds=listed(seeds),
+        runner=runner, slots=slots, device=device, memory_gib=memory_gib, stop_after=stop_after, retry=retry_failed,
+    )  # fmt: skip
+    say("done", f"{done} runs now, {failed} of them failed, {left} are missing")
+    say("records", str(folder / "runs"))
+
+
+def listed(given: str | None) -> list[str] | None:
+    return None if given is None else given.split(",")
+
+
+@bench.command(name="table")
+def bench_table(
+    folder: Annotated[Path, typer.Argument(help="The results folder of `bench run`.")],
+) -> None:
+    """Write table.md, .tex, .csv, .html and two figures beside the records; print the first."""
+    from rankrace.bench.render import markdown, write_all
+    from rankrace.bench.store import Store
+    from rankrace.bench.table import build
+
+    store = Store(folder)
+    table = build(store.records())
+    write_all(table, folder)
+    out.print(markdown(table), markup=False)
+
+
 if __name__ == "__main__":
     main()

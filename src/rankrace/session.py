@@ -42,7 +42,7 @@ class Session:
     config: RunConfig
     """Resolved: nothing left to default."""
     data: Data
-    trainer: Trainer
+    trainer: Trainer[Bank]
     search: Search
     fresh: list[Encoded]
     """Held-out examples that choose nothing: the final figures are theirs."""
@@ -110,21 +110,9 @@ def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task
     model = PackedModel(hf_model, bank, task)
     shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
     model.verify(model.pack(data.train.examples, shortest))
-    recipe = Recipe(
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        batch_size=config.batch_size,
-        micro_tokens=config.micro_tokens,
-        schedule=config.schedule,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        seed=config.seed,
-        graphs=config.cuda_graphs == "on",
-    )
     if config.compile == "on":
         compile_blocks(bank)
-    trainer = Trainer(model, data.train.examples, recipe)
+    trainer = Trainer(model, data.train.examples, recipe_of(config, config.micro_tokens))
     plan = LookPlan.of(config, data, trainer)
     strategy = make_strategy(config, trainer.total, bank, plan)
     looked, fresh, notes = divide(data.validation.examples, plan, config.seed)
@@ -152,6 +140,22 @@ def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task
         fresh=fresh,
         base_fresh=base_fresh,
         notes=notes,
+    )
+
+
+def recipe_of(config: RunConfig, micro_tokens: int) -> Recipe:
+    """How the configuration wants the steps to be taken."""
+    return Recipe(
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        batch_size=config.batch_size,
+        micro_tokens=micro_tokens,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        seed=config.seed,
+        graphs=config.cuda_graphs == "on",
     )
 
 

@@ -248,9 +248,24 @@ class Bank:
     def candidates(self) -> Candidates:
         return self.loaded.candidates
 
+    @property
+    def values(self) -> Flat:
+        """[K, P]: all that trains."""
+        return self.loaded.values
+
+    @property
+    def gradients(self) -> Flat:
+        return self.loaded.gradients
+
+    @property
+    def running(self) -> int:
+        """How many candidates the next pass runs; the base alone counts as one."""
+        return self.switch.count if self.switch.enabled else 1
+
     def refresh(self) -> None:
         """Brings what the products use up to date with the factors; to be called before each pass."""
-        self.loaded.refresh()
+        if self.switch.enabled:
+            self.loaded.refresh()
         for siblings in self.siblings.values():
             siblings.forget()  # what a pass that failed half-way may have left
 

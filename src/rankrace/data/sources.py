@@ -10,13 +10,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rankrace.data.files import READERS, Rows, missing, read_file
+from rankrace.data.hub import hub_rows, load_hub
 from rankrace.errors import RankraceError
-
-if TYPE_CHECKING:
-    import datasets
 
 VALIDATION_NAMES = ("validation", "dev", "valid", "val")
 # train.tsv, train-v2.0.json, dev.4options.jsonl, train-00000-of-00002.parquet
@@ -126,25 +123,13 @@ def _from_hub(data: str) -> SourceRows:
     match = _HUB_NAME.fullmatch(data)
     if match is None:
         raise missing(Path(data))
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise RankraceError(
-            f"'{data}' is no file or folder here, and hub data sets need the package datasets.",
-            why="it is an optional part of rankrace.",
-            fix="pip install 'rankrace[hub]', or correct the path.",
-        ) from error
-    # trust_remote_code does not exist any more: a hub data set is data, and no code of it is run.
-    try:
-        found = datasets.load_dataset(match["name"], match["subset"])
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise RankraceError(
-            f"'{data}' is no file or folder here and could not be loaded from the hub.",
-            why=f"{type(error).__name__}: {error}",
-            fix="correct the name (a subset: name:subset), check the network, or give a local file.",
-        ) from error
-    assert isinstance(found, datasets.DatasetDict)
+    found = load_hub(
+        match["name"],
+        match["subset"],
+        what=f"'{data}' is no file or folder here and",
+        instead="correct the name (a subset: name:subset), or give a local file",
+    )
+    assert isinstance(found, dict)
     if "train" not in found:
         raise RankraceError(
             f"the hub data set '{data}' has no split train (seen: {', '.join(map(str, found))}).",
@@ -152,23 +137,9 @@ def _from_hub(data: str) -> SourceRows:
             fix="download the split that you mean and give it as a file.",
         )
     held_out = next((name for name in VALIDATION_NAMES if name in found), None)
-
     return SourceRows(
-        train=_hub_rows(found["train"]),
-        validation=_hub_rows(found[held_out]) if held_out else None,
+        train=hub_rows(found["train"]),
+        validation=hub_rows(found[held_out]) if held_out else None,
         train_where=f"{data} (train)",
         validation_where=f"{data} ({held_out})" if held_out else None,
     )
-
-
-def _hub_rows(split: "datasets.Dataset") -> Rows:
-    """Rows with class numbers replaced by their names (null for the -1 that means: not labelled)."""
-    import datasets
-
-    names = {name: f.names for name, f in split.features.items() if isinstance(f, datasets.ClassLabel)}
-    rows = split.to_list()
-    for row in rows:
-        for column, known in names.items():
-            number = row[column]
-            row[column] = None if number is None or number < 0 else known[number]
-    return rows

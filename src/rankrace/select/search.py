@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankrace.bank import Candidates, Spectrum
+from rankrace.bank import Bank, Candidates, Spectrum
 from rankrace.data.encoded import Encoded
 from rankrace.select.objective import Held, Trial
 from rankrace.select.strategy import Cut, Keep, Look, Strategy
@@ -60,7 +60,7 @@ class Search:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trainer[Bank],
         strategy: Strategy,
         examples: Sequence[Encoded],
         held: Held,

@@ -21,7 +21,7 @@ from typing import Any
 
 from rankrace.data.files import Rows, read_file
 from rankrace.tasks.metrics import accuracy, f1, matthews, pearson, spearman
-from rankrace.tasks.source import hub_only, hub_rows
+from rankrace.tasks.source import hub_only, read_hub
 from rankrace.tasks.task import Kind, Splits, Task, content, hold_out, in_random_order, without_copies
 
 HUB = "nyu-mll/glue"
@@ -51,7 +51,7 @@ class Corpus:
 def _read(task: str, corpus: Corpus, root: Path | None, seed: int) -> Splits:
     if root is None:
         names = ("label", *corpus.columns)
-        parts = [hub_rows(HUB, corpus.subset, split) for split in ("train", corpus.dev)]
+        parts = [read_hub(HUB, corpus.subset, split) for split in ("train", corpus.dev)]
     elif corpus.folder is None:
         raise hub_only(task, root)
     else:

@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from rankrace.data.files import Rows, read_file
-from rankrace.tasks.source import hub_rows
+from rankrace.tasks.source import read_hub
 from rankrace.tasks.task import Splits, Task, hold_out
 
 HUB = ("openai/gsm8k", "main")
@@ -23,7 +23,7 @@ _FINAL = re.compile(r"####\s*(?P<sign>-?)\s*[$€£]?\s*(?P<number>-?(?:\d[\d,]*
 
 def _read(root: Path | None, seed: int) -> Splits:
     if root is None:
-        train, test = (hub_rows(*HUB, split) for split in ("train", "test"))
+        train, test = (read_hub(*HUB, split) for split in ("train", "test"))
     else:
         train, test = (read_file(root / "gsm8k" / f"{split}.jsonl") for split in ("train", "test"))
     return hold_out(_rows(train), _rows(test), seed)

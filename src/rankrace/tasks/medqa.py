@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rankrace.data.files import Rows, read_file
-from rankrace.tasks.source import hub_rows
+from rankrace.tasks.source import read_hub
 from rankrace.tasks.task import Splits, Task, hold_out, without_copies
 
 HUB = "GBaker/MedQA-USMLE-4-options"
@@ -25,7 +25,7 @@ _LETTER = re.compile(rf"\W*(?:(?i:(?:the\s+)?(?:correct\s+)?answer(?:\s+is)?)\W+
 
 def _read(root: Path | None, seed: int) -> Splits:
     if root is None:
-        train, test = (_medqa_rows(hub_rows(HUB, None, split)) for split in ("train", "test"))
+        train, test = (_medqa_rows(read_hub(HUB, None, split)) for split in ("train", "test"))
         return hold_out(train, test, seed)
     own, test = (_medqa_rows(read_file(root / "medqa" / f"{split}.4options.jsonl")) for split in ("dev", "test"))
     other = _medmcqa_rows(read_file(root / "medmcqa" / "validation.jsonl"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rankrace.data.files import Rows, read_file
 from rankrace.errors import RankraceError
-from rankrace.tasks.source import hub_rows
+from rankrace.tasks.source import read_hub
 from rankrace.tasks.task import Splits, Task, without_copies
 
 HUB = ("allenai/scitldr", "Abstract")
@@ -28,7 +28,7 @@ def _read(root: Path | None, seed: int) -> Splits:
     """The parts are the same for every seed."""
     if root is None:
         names = ("train", "validation", "test")
-        parts = [_rows(_hub_columns(hub_rows(*HUB, name, HUB_REVISION))) for name in names]
+        parts = [_rows(_hub_columns(read_hub(*HUB, name, HUB_REVISION))) for name in names]
     else:
         parts = [_rows(read_file(root / "scitldr" / f"{name}.jsonl")) for name in ("train", "dev", "test")]
     train, validation, test = parts

@@ -9,40 +9,26 @@ The folder (RANKRACE_DATA) is laid out as
 from pathlib import Path
 
 from rankrace.data.files import Rows
+from rankrace.data.hub import hub_rows, load_hub
 from rankrace.errors import RankraceError
 
 
-def hub_rows(name: str, subset: str | None, split: str, revision: str | None = None) -> Rows:
-    """One split of a hub data set, class numbers replaced by their names (null for the -1 of unlabelled rows).
+def read_hub(name: str, subset: str | None, split: str, revision: str | None = None) -> Rows:
+    """One split of a hub data set, with the names of classes.
 
     Raises:
         RankraceError: the package datasets is missing, or the hub does not give the split.
     """
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise RankraceError(
-            f"without a data folder, '{name}' is read from the hub, which needs the package datasets.",
-            why="it is an optional part of rankrace.",
-            fix="pip install 'rankrace[hub]', or set RANKRACE_DATA to a folder with the files.",
-        ) from error
-    try:
-        found = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise RankraceError(
-            f"the split '{split}' of '{name}' could not be loaded from the hub.",
-            why=f"{type(error).__name__}: {error}",
-            fix="check the network, or set RANKRACE_DATA to a folder with the files.",
-        ) from error
-    assert isinstance(found, datasets.Dataset)
-    names = {column: f.names for column, f in found.features.items() if isinstance(f, datasets.ClassLabel)}
-    rows = found.to_list()
-    for row in rows:
-        for column, known in names.items():
-            number = row[column]
-            row[column] = None if number is None or number < 0 else known[number]
-    return rows
+    found = load_hub(
+        name,
+        subset,
+        what=f"the split '{split}' of '{name}'",
+        instead="set RANKRACE_DATA to a folder with the files",
+        split=split,
+        revision=revision,
+    )
+    assert not isinstance(found, dict)
+    return hub_rows(found)
 
 
 def hub_only(task: str, root: Path) -> RankraceError:

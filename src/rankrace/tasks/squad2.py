@@ -20,7 +20,7 @@ from typing import Any
 
 from rankrace.data.files import Rows, read_file
 from rankrace.data.formats import UNANSWERABLE
-from rankrace.tasks.source import hub_rows
+from rankrace.tasks.source import read_hub
 from rankrace.tasks.task import Splits, Task, without_copies
 
 HUB = "rajpurkar/squad_v2"
@@ -31,7 +31,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def _read(root: Path | None, seed: int) -> Splits:
     """The parts are the same for every seed."""
     if root is None:
-        rows, test = (_rows(hub_rows(HUB, None, split)) for split in ("train", "validation"))
+        rows, test = (_rows(read_hub(HUB, None, split)) for split in ("train", "validation"))
         which = "the official dev set"
     else:
         every = _rows(read_file(root / "squad2" / "dev-v2.0.json"))

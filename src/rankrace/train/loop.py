@@ -1,7 +1,7 @@
 """The training loop: one for every method and every strategy.
 
-It runs optimiser steps over whatever K candidates the bank holds and measures them on held-out examples. It
-knows nothing of ranks, of looks or of choices.
+It runs optimiser steps over whatever K candidates the bank (or any other `Trained`) holds and measures them on
+held-out examples. It knows nothing of ranks, of looks or of choices.
 
 Shapes: K candidates, S targets of a packed row, N examples of a set.
 """
@@ -9,7 +9,7 @@ Shapes: K candidates, S targets of a packed row, N examples of a set.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from rankrace.bank import Bank, Candidates
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, size_buckets, validation_batches
 from rankrace.train.model import PackedModel
-from rankrace.train.optimizer import BankAdamW
+from rankrace.train.optimizer import BankAdamW, Optimizer
 from rankrace.train.passes import Eager, Graphs
 from rankrace.train.schedule import Schedule
+from rankrace.train.trained import B
 
 GRAPH_SIZES = 6
 """More sizes pad less, and cost a capture each."""
@@ -66,16 +67,16 @@ class Measured:
         return self.correct_KN.mean(1)
 
 
-class Trainer:
+class Trainer(Generic[B]):
     """Optimiser steps over a bank.
 
     All randomness is a function of (seed, epoch, step): there is no random state to keep, and a step can be
     taken again after a crash.
     """
 
-    def __init__(self, model: PackedModel, train: Sequence[Encoded], recipe: Recipe) -> None:
+    def __init__(self, model: PackedModel[B], train: Sequence[Encoded], recipe: Recipe) -> None:
         self.model, self.train, self.recipe = model, train, recipe
-        self.bank: Bank = model.bank
+        self.bank: B = model.bank
         self.lengths = [len(e.input_ids) for e in train]
         per_epoch = -(-len(train) // recipe.batch_size)
         wanted = max(1, round(recipe.epochs * per_epoch))
@@ -93,23 +94,25 @@ class Trainer:
 
     # --- which candidates train
 
-    def start(self, candidates: Candidates, lr_K: Sequence[float]) -> None:
-        """These candidates, with fresh optimiser state."""
-        self.bank.load(candidates)
+    def begin(self, lr_K: Sequence[float]) -> None:
+        """What the bank holds now, with fresh optimiser state."""
         self.lr_K = tuple(lr_K)
         self.restarted_at = self.step
-        self.optimizer = BankAdamW(
-            self.bank.loaded.values,
-            self.bank.loaded.gradients,
-            weight_decay=self.recipe.weight_decay,
-            clip=self.recipe.clip,
+        self.optimizer: Optimizer = BankAdamW(
+            self.bank.values, self.bank.gradients, weight_decay=self.recipe.weight_decay, clip=self.recipe.clip
         )
 
-    def keep(self, indices: Sequence[int]) -> None:
+    def start(self: "Trainer[Bank]", candidates: Candidates, lr_K: Sequence[float]) -> None:
+        """These candidates, with fresh optimiser state."""
+        self.bank.load(candidates)
+        self.begin(lr_K)
+
+    def keep(self: "Trainer[Bank]", indices: Sequence[int]) -> None:
         """Only these candidates go on; what they have learnt, their moments and their steps are untouched."""
         self.bank.load(self.bank.candidates.keep(indices))
         self.lr_K = tuple(self.lr_K[i] for i in indices)
-        self.optimizer = self.optimizer.keep(self.bank.loaded.values, self.bank.loaded.gradients, indices)
+        assert isinstance(self.optimizer, BankAdamW)
+        self.optimizer = self.optimizer.keep(self.bank.values, self.bank.gradients, indices)
 
     # --- training
 
@@ -174,7 +177,7 @@ class Trainer:
     @torch.no_grad()
     def measure(self, examples: Sequence[Encoded]) -> Measured:
         """The bank's candidates (or, switched off, the base) on held-out examples; dropout is off."""
-        K = len(self.bank.candidates.ranks) if self.bank.switch.enabled else 1
+        K = self.bank.running
         loss_KN = np.zeros((K, len(examples)))
         tokens_N = np.zeros(len(examples), dtype=np.int64)
         wrong_KN = np.zeros((K, len(examples)), dtype=np.int64)

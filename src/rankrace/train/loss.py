@@ -16,15 +16,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states [M, D] → logits [M, V]; frozen, row by row."""
+"""Hidden states [M, D] → logits [M, V], row by row."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int, needs_grad: bool
+        ctx: Any, h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int, needs_grad: bool, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         losses, corrects, grads = [], [], []
+        weight_grads = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
         for h_D, targets in zip(h_MD.split(chunk), targets_M.split(chunk), strict=True):
             with torch.set_grad_enabled(needs_grad):
                 h = h_D.detach().requires_grad_(needs_grad)
@@ -35,26 +36,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             losses.append(loss.detach())
             corrects.append(logits_V.detach().argmax(-1) == targets)
             if needs_grad:
-                grads.append(torch.autograd.grad(total, h)[0])
-        ctx.save_for_backward(*([torch.cat(grads)] if needs_grad else []))
+                grad, *of_weights = torch.autograd.grad(total, (h, *weights))
+                grads.append(grad)
+                for mine, new in zip(weight_grads, of_weights, strict=True):
+                    mine.add_(new)
+        ctx.save_for_backward(*([torch.cat(grads), *weight_grads] if needs_grad else []))
         correct_M = torch.cat(corrects)
         ctx.mark_non_differentiable(correct_M)
         return torch.cat(losses), correct_M
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_MD,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_MD, *weight_grads = ctx.saved_tensors  # type: ignore[attr-defined]
         # A row's loss depends on that row alone, so any weighting of rows is a product.
-        return grad_MD * outputs[0][:, None].to(grad_MD.dtype), None, None, None, None
+        rows_MD = grad_MD * outputs[0][:, None].to(grad_MD.dtype)
+        return rows_MD, None, None, None, None, *(g * outputs[0][0] for g in weight_grads)
 
 
-def chunked_cross_entropy(h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int = 256) -> tuple[Tensor, Tensor]:
+def chunked_cross_entropy(
+    h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int = 256, weights: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, Tensor]:
     """Losses [M] in nats, and whether the target was the most likely token [M].
 
-    The gradient reaches h_MD only: the head is frozen.
+    Args:
+        weights: the head's parameters, if it trains. The backward then has to weigh all rows alike, since
+            their gradient is taken once for the sum of all rows.
     """
     if h_MD.shape[0] == 0:
         return h_MD.sum(-1).float(), targets_M == targets_M
     needs_grad = torch.is_grad_enabled() and h_MD.requires_grad
-    return _ChunkedCrossEntropy.apply(h_MD, targets_M, head, chunk, needs_grad)  # type: ignore[return-value]
+    return _ChunkedCrossEntropy.apply(h_MD, targets_M, head, chunk, needs_grad, *weights)  # type: ignore[return-value]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -24,12 +24,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rankrace.bank import Bank
 from rankrace.data.encoded import NO_LABEL, Encoded, Task
 from rankrace.data.pack import Packed, pack
 from rankrace.errors import RankraceError
 from rankrace.train import attention
 from rankrace.train.loss import chunked_cross_entropy
+from rankrace.train.trained import B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,15 @@ class TokenLosses:
     """bool: the target was the most likely one."""
 
 
-class PackedModel:
+class PackedModel(Generic[B]):
     """Runs a bank's candidates over packed rows and returns the loss of every target.
 
     Args:
+        bank: what is trained.
         chunk: rows of logits that may exist at once.
     """
 
-    def __init__(self, model: PreTrainedModel, bank: Bank, task: Task, chunk: int = 256) -> None:
+    def __init__(self, model: PreTrainedModel, bank: B, task: Task, chunk: int = 256) -> None:
         self.model, self.bank, self.chunk = model, bank, chunk
         self.task: Task = task
         self.trunk: nn.Module = model.base_model
@@ -70,9 +71,8 @@ class PackedModel:
     def losses(self, packed: Packed) -> TokenLosses:
         """One pass with the bank's active candidates (or the plain base, as one candidate)."""
         packed = packed.to(self.model.device)
-        K = self.bank.switch.count if self.bank.switch.enabled else 1
-        if self.bank.switch.enabled:
-            self.bank.refresh()
+        K = self.bank.running
+        self.bank.refresh()
         h_KSD = self.hidden(packed, K).index_select(1, packed.target_positions_S)
         if self.task == "classification":
             logits_KSC = self.class_logits(h_KSD)
@@ -82,19 +82,26 @@ class PackedModel:
             return TokenLosses(loss_KS=loss_KS, correct_KS=logits_KSC.argmax(-1) == targets_KS)
         S = packed.targets_S.shape[0]
         loss_M, correct_M = chunked_cross_entropy(
-            h_KSD.flatten(0, 1), packed.targets_S.repeat(K), self.token_logits, self.chunk
+            h_KSD.flatten(0, 1), packed.targets_S.repeat(K), self.token_logits, self.chunk, self.trained_head()
         )
         return TokenLosses(loss_KS=loss_M.view(K, S), correct_KS=correct_M.view(K, S))
 
     def hidden(self, packed: Packed, K: int) -> Tensor:
         """The trunk's output [K, T, D]."""
-        layout = attention.Layout(
+        return self.run(packed, K, self.layout(packed, K))
+
+    def layout(self, packed: Packed, K: int) -> attention.Layout:
+        """Where K copies of the row's examples lie."""
+        return attention.Layout(
             cu_seqlens=packed.cu_seqlens,
             lengths_N=packed.lengths_N,
             tokens=packed.input_ids_T.shape[0],
             longest=packed.max_seqlen,
             candidates=K,
         )
+
+    def run(self, packed: Packed, K: int, layout: Any) -> Tensor:
+        """The trunk's output [K, T, D], with something for the attention to go by."""
         # One row of K·T tokens, not K rows: what is compiled then knows nothing of K.
         inputs: dict[str, Any] = {"input_ids": packed.input_ids_T.repeat(1, K)}
         inputs["position_ids"] = (packed.position_ids_T + self.position_offset).repeat(1, K)
@@ -110,6 +117,11 @@ class PackedModel:
         assert head is not None
         logits_MV = head(h_MD)
         return logits_MV if self.softcap is None else torch.tanh(logits_MV / self.softcap) * self.softcap
+
+    def trained_head(self) -> tuple[Tensor, ...]:
+        """The head's parameters, where they train too."""
+        head = self.model.get_output_embeddings()
+        return () if head is None else tuple(p for p in head.parameters() if p.requires_grad)
 
     def class_logits(self, h_KND: Tensor) -> Tensor:
         """Pooled hidden states [K, N, D] → logits [K, N, C]. Candidates stay outermost throughout."""

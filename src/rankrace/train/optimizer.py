@@ -4,11 +4,22 @@ Shapes: K candidates, P trainable values of one candidate.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rankrace.bank.flat import Flat
+
+
+class Optimizer(Protocol):
+    """What the loop wants of one."""
+
+    def step(self, lr_K: Sequence[float]) -> Tensor: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 class BankAdamW:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankrace.bank.attach import Loaded
+from rankrace.bank.flat import Flat
 from rankrace.data.pack import Packed, Size
 from rankrace.train.model import PackedModel
 
@@ -43,18 +43,18 @@ class Graphs:
         self.model, self.sizes = model, sizes
         self.eager = Eager(model)
         self.pool: Any = None
-        self.loaded: Loaded | None = None
+        self.gradients: Flat | None = None
         self.warm: set[tuple[int, int, int]] = set()
         self.graphs: dict[tuple[int, int, int], Graph] = {}
 
     def run(self, row: Packed, active: slice, share: Tensor) -> Tensor:
         """As `Eager.run`."""
         bank = self.model.bank
-        if self.loaded is not bank.loaded:  # a graph knows its tensors by their addresses
+        if self.gradients is not bank.gradients:  # a graph knows its tensors by their addresses
             self.graphs.clear()
             self.warm.clear()
             self.pool = torch.cuda.graph_pool_handle()  # the old one ended with its last graph
-            self.loaded = bank.loaded
+            self.gradients = bank.gradients
         index = next((i for i, size in enumerate(self.sizes) if size.holds(row.size)), None)
         if index is None:
             return self.eager.run(row, active, share)

@@ -1,0 +1,1 @@
+"""Experiments: a grid of methods, tasks and seeds; one JSON a run; tables and figures from them."""

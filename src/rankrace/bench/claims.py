@@ -1,0 +1,83 @@
+"""What the paper claims of the adaptive rank, against what the runs say: a sentence for each strategy.
+
+Its claims: as good as LoRA r=16 with half the parameters; with the search faster than LoRA r=8, and in 0.4 of the
+time and 0.65 of the memory of full fine-tuning.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+import numpy as np
+
+from rankrace.bench.paired import difference
+from rankrace.bench.record import Record
+from rankrace.config import RunConfig
+
+STRATEGIES: tuple[str, ...] = get_args(RunConfig.model_fields["strategy"].annotation)
+QUALITY_OF = "lora-r16"
+COSTS = (
+    ("parameters", "lora-r16", 0.5),
+    ("time", "lora-r8", 0.95),
+    ("time", "full", 0.4),
+    ("memory", "full", 0.65),
+)
+"""A cost, the method it is compared with, and the share of that method's cost that is claimed."""
+
+
+def claims(runs: Sequence[Record]) -> list[str]:
+    """Of each strategy among the finished runs; a comparison is over the tasks on which both have run."""
+    found = []
+    for strategy in STRATEGIES:
+        sentences = [quality(runs, strategy), *(cost(runs, strategy, *claimed) for claimed in COSTS)]
+        if any(sentences):
+            found.append(f"{strategy}: {'; '.join(filter(None, sentences))}.")
+    return found
+
+
+def shared(runs: Sequence[Record], strategy: str, reference: str) -> dict[str, tuple[list[Record], list[Record]]]:
+    """Task → the runs of both."""
+    by_task: dict[str, tuple[list[Record], list[Record]]] = {}
+    for run in runs:
+        if run["method"] in (strategy, reference):
+            by_task.setdefault(run["task"], ([], []))[run["method"] == reference].append(run)
+    return {task: both for task, both in by_task.items() if all(both)}
+
+
+def quality(runs: Sequence[Record], strategy: str) -> str:
+    """On how many tasks it is at most one paired standard error behind."""
+    found = {task: difference(*both) for task, both in shared(runs, strategy, QUALITY_OF).items()}
+    if not found:
+        return ""
+    behind = [f"{task} {d.mean:+.1f} ± {d.se:.1f}" for task, d in found.items() if not d.mean >= -d.se]
+    text = (
+        f"at most one paired standard error behind {QUALITY_OF} on {len(found) - len(behind)} of {len(found)} tasks"
+    )
+    return text + (f" (behind: {', '.join(behind)})" if behind else "")
+
+
+def cost(runs: Sequence[Record], strategy: str, what: str, reference: str, claimed: float) -> str:
+    """Its share of the reference's cost, and whether that is as claimed."""
+    both = shared(runs, strategy, reference).values()
+    mine, theirs = (sum(mean(runs_of[i], what) for runs_of in both) for i in (0, 1))
+    if not theirs or math.isnan(mine / theirs):
+        return ""
+    verdict = "as claimed" if mine / theirs <= claimed else f"claimed: {claimed:g}"
+    return f"{what} {mine / theirs:.2f} of {reference} ({verdict})"
+
+
+def mean(runs: Sequence[Record], what: str) -> float:
+    """Over the seeds; NaN where it was not measured."""
+    read: dict[str, Callable[[Record], float | None]] = {
+        "parameters": lambda r: r["parameters"],
+        "time": lambda r: r["time"]["train_s"],
+        "memory": lambda r: r["peak_bytes"],
+    }
+    values = [read[what](run) for run in (alone(runs) if what == "time" else runs)]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else math.nan
+
+
+def alone(runs: Sequence[Record]) -> Sequence[Record]:
+    """Those that had the machine to themselves: their times can be compared. All of them where there is none."""
+    return [run for run in runs if run["slots"] <= 1] or runs

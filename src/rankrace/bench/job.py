@@ -1,0 +1,200 @@
+"""One run of an experiment: data → method → training → test rows → a record.
+
+python -m rankrace.bench.job REQUEST.json     # as the runners start it: one process a run
+"""
+
+import math
+import shutil
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from rankrace.bench.experiment import Experiment, Job, config_of
+from rankrace.bench.record import Record, begun, failed, hardware, write_record
+from rankrace.bench.rows import commonest, documents, read, test_rows
+from rankrace.errors import RankraceError
+from rankrace.evaluate.predict import predict, row_scores
+from rankrace.interrupt import Interrupts
+from rankrace.methods import Running, find_method
+from rankrace.progress import peak_bytes
+from rankrace.run import alarm_if_diverged, versions
+from rankrace.session import chosen_device, chosen_dtype
+from rankrace.tasks import find_task
+from rankrace.train.checkpoint import load_checkpoint, save_checkpoint
+from rankrace.train.model import is_encoder
+
+SAVE_S = 60.0
+"""Seconds between checkpoints: a run that is killed loses at most these."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it was saved first."""
+
+
+def perform(
+    experiment: Experiment, job: Job, folder: Path, device: str, save_s: float = SAVE_S, slots: int = 1
+) -> Record:
+    """Runs one job to its record and writes it; whatever goes wrong is a record, too.
+
+    Args:
+        slots: how many runs share the machine; 0: other runs were in this process before.
+
+    Raises:
+        Stopped: on SIGINT or SIGTERM.
+    """
+    began = time.perf_counter()
+    record = begun(experiment, job, slots)
+    try:
+        record |= measured(experiment, job, folder, device, save_s, shared=slots == 0)
+        bad = [name for name, value in numbers(record) if not math.isfinite(value)]
+        if bad:
+            raise RankraceError(
+                f"{bad[0]} is not a number",
+                why="a mean over runs with such a value is none, either",
+                fix="look at the run's data and its learning rate",
+            )
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except torch.OutOfMemoryError as error:
+        record |= failed(f"out of memory: {str(error).splitlines()[0]}")
+    except RankraceError as error:
+        record |= failed(str(error))
+    except Exception as error:  # the rest of the grid must go on; the record says what happened
+        traceback.print_exc()
+        record |= failed(f"{type(error).__name__}: {error}")
+    record["wall_s"] = round(time.perf_counter() - began, 2)
+    write_record(folder, record)
+    return record
+
+
+def numbers(record: Record) -> list[tuple[str, float]]:
+    return [("the validation loss", record["validation_loss"]), *record["metrics"].items()]
+
+
+def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s: float, *, shared: bool) -> Record:
+    """Everything of the record that the run itself finds out.
+
+    Args:
+        shared: other runs were in this process before, so that its memory is not this run's.
+    """
+    where = chosen_device(device)
+    task, method = find_task(job.task), find_method(job.method)
+    config = config_of(experiment, job, folder, str(where))
+    began = time.perf_counter()
+    kind = "classification" if is_encoder(config.model) else "causal"
+    given = read(config, kind)
+    data, splits = given.data, given.splits
+    dtype = chosen_dtype(config.dtype, where)
+    model = method.load(config.model, kind, data.labels, device=where, dtype=dtype, seed=job.seed)
+    loading_s = time.perf_counter() - began
+
+    width = model.config.get_text_config().hidden_size
+    lr = job.scale * method.default_lr(width, config)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    began = time.perf_counter()
+    # A method without a learning rate takes no step; the configuration wants a positive one all the same.
+    running = method.prepare(config.model_copy(update={"lr": lr or None}), data, model, kind)
+    preparing_s = time.perf_counter() - began
+    checkpoints = folder / "work" / job.training
+    resumed_at, training_s, peak = trained(running, checkpoints, save_s, keep=job.tuning)
+
+    validation = running.trainer.measure(data.validation.examples)
+    found = running.described()
+    result: Record = {
+        "config": {**config.model_dump(mode="json", exclude={"out"}), "model": experiment.model},
+        "validation_loss": float(validation.mean_K[0]),
+        "metrics": {},
+        "rows": [],
+        "learning_rate": found.learning_rate,
+        "rank": found.rank,
+        "reason": found.reason,
+        "parameters": found.parameters,
+        "base_parameters": sum(p.numel() for p in model.parameters()) if job.method == "base" else None,
+        "time": {
+            "train_s": round(preparing_s + training_s, 3),
+            "search_s": round(found.search_s, 3),
+            "steps_s": round(running.trainer.seconds, 3),
+            "loading_s": round(loading_s, 3),
+        },
+        "steps": running.trainer.step,
+        "resumed_at": resumed_at,
+        "tokens": running.trainer.tokens,
+        "peak_bytes": None if shared and where.type == "cpu" else peak,
+        "data": {
+            "train_examples": len(data.train),
+            "validation_examples": len(data.validation),
+            "supervised_tokens": data.train.supervised_tokens,
+            "truncated": data.train.truncated,
+            "sha256": data.sha256,
+            "how": splits.how,
+        },
+        "hardware": hardware(where),
+        "versions": versions(where),
+    }
+    if job.tuning:
+        return result
+    rows = test_rows(splits, experiment.test_max)
+    began = time.perf_counter()
+    predictions = predict(running.trainer, given.encoder, given.tokenizer, task, rows)
+    result["metrics"] = task.score(predictions, rows)
+    if task.kind == "options" and kind == "causal":
+        written = predict(running.trainer, given.encoder, given.tokenizer, task, rows, generated=True)
+        result["metrics"] |= {f"generated_{n}": value for n, value in task.score(written, rows).items()}
+    result["rows"], result["documents"] = row_scores(task, predictions, rows), documents(rows)
+    result["samples"] = predictions[:5]
+    result["time"]["test_s"] = round(time.perf_counter() - began, 3)
+    result["baselines"] = {
+        "empty": task.score([""] * len(rows), rows),
+        "commonest": task.score([commonest(splits.train)] * len(rows), rows),
+    }
+    for used in (folder / "work").glob(f"{job.task}--{job.method}--seed{job.seed}--lr*"):
+        shutil.rmtree(used, ignore_errors=True)  # its tuning's too
+    return result
+
+
+def trained(running: Running, checkpoints: Path, save_s: float, *, keep: bool) -> tuple[int, float, int]:
+    """Trains to the end, from the newest checkpoint if there is one.
+
+    Args:
+        keep: save the end, too: the run for the table goes on from that of the tuning.
+
+    Returns:
+        The step from which it went on, and over all sittings the seconds of training and the peak of memory in bytes.
+    """
+    seconds_before, peak_before = 0.0, 0
+    found = load_checkpoint(checkpoints) if checkpoints.exists() else None
+    if found is not None:
+        running.restore(found[0], found[1]["running"])
+        seconds_before, peak_before = found[1]["seconds"], found[1]["peak"]
+    trainer, began, saving, saved_at = running.trainer, time.perf_counter(), 0.0, time.perf_counter()
+    first = trainer.step
+    loss_K = None
+
+    def so_far() -> tuple[float, int]:
+        return seconds_before + time.perf_counter() - began - saving, max(peak_before, peak_bytes())
+
+    def save() -> None:
+        seconds, peak = so_far()
+        state = {"running": running.state(), "seconds": seconds, "peak": peak}
+        save_checkpoint(checkpoints, trainer.step, running.tensors(), state)
+
+    with Interrupts() as interrupts:
+        for losses in running.run():
+            loss_K, now = losses, time.perf_counter()
+            if interrupts.asked or now - saved_at >= save_s:
+                save()
+                saved_at = time.perf_counter()
+                saving += saved_at - now
+            if interrupts.asked:
+                raise Stopped
+    if trainer.bank.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds, peak = so_far()
+    if loss_K is not None:
+        alarm_if_diverged(loss_K.tolist(), trainer.step)
+        if keep:
+            save()
+    return first, seconds, peak

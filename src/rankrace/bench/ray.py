@@ -1,0 +1,63 @@
+"""Runs the jobs of an experiment as Ray tasks: on this machine's own cluster, or the one that Ray finds.
+
+A worker that is killed in mid-run is started again by Ray, and its run goes on from its checkpoint: all nodes have to
+see the results folder.
+"""
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from rankrace.bench.experiment import Experiment, Job
+from rankrace.bench.job import perform
+from rankrace.bench.local import POLL_S, Next, record_failure
+from rankrace.bench.record import Record
+from rankrace.bench.store import Store
+from rankrace.errors import RankraceError
+
+RETRIES = 3
+"""How often a run whose worker died is started again."""
+
+
+def run_ray(
+    experiment: Experiment, store: Store, upcoming: Next, device: str, save_s: float, slots: int
+) -> Iterator[Record]:
+    """Up to `slots` runs at once; on a GPU each has one of its own.
+
+    Raises:
+        RankraceError: Ray is not installed.
+    """
+    try:
+        ray: Any = import_module("ray")
+    except ImportError as error:
+        raise RankraceError(
+            "--runner ray needs the package ray",
+            why="it is an optional part of rankrace",
+            fix="pip install 'rankrace[ray]', or use --runner local",
+        ) from error
+    gpu = device != "cpu" and torch.cuda.is_available()
+    ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
+    remote = ray.remote(perform).options(
+        max_retries=RETRIES, num_cpus=1, num_gpus=1 if gpu else 0, scheduling_strategy="SPREAD"
+    )
+    folder = store.folder.absolute()
+    working: dict[Any, Job] = {}
+    try:
+        while True:
+            for job in upcoming({job.key for job in working.values()})[: slots - len(working)]:
+                working[remote.remote(experiment, job, folder, device, save_s, slots)] = job
+            if not working:
+                return
+            done, _ = ray.wait(list(working), num_returns=1, timeout=POLL_S)
+            if not done:
+                continue
+            job = working.pop(done[0])
+            try:
+                yield ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                what = f"the run's worker was lost {RETRIES + 1} times: {str(error).splitlines()[0]}"
+                yield record_failure(experiment, job, folder, what, slots)
+    finally:
+        ray.shutdown()

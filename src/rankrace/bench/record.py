@@ -1,0 +1,87 @@
+"""What is kept of a run: one JSON with all that is needed to judge it.
+
+Settings, versions, commit, hardware, data, times, and every test row's score. It is written in one piece, so it is
+there and whole, or not there.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankrace.bench.experiment import Experiment, Job, fingerprint, settings_of
+from rankrace.result import replace_text
+
+SCHEMA = "rankrace/bench/1"
+Record = dict[str, Any]
+
+
+def begun(experiment: Experiment, job: Job, slots: int) -> Record:
+    """What is known before the run.
+
+    Args:
+        slots: how many runs share the machine; 0: one after another in one process.
+    """
+    settings = settings_of(experiment, job)
+    return {
+        "schema": SCHEMA,
+        "key": job.key,
+        "experiment": experiment.name,
+        **asdict(job),
+        "status": "done",
+        "error": None,
+        "settings": settings,
+        "fingerprint": fingerprint(settings),
+        "slots": slots,
+        **provenance(),
+    }
+
+
+def failed(error: str) -> Record:
+    """What a failure puts in place of figures."""
+    return {"status": "failed", "error": error, "metrics": {}, "validation_loss": None, "rows": [],
+            "baselines": {}}  # fmt: skip
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """One top-level key a line."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in record.items()]
+    replace_text(folder / "runs" / f"{record['key']}.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def provenance() -> Record:
+    """When it ran and which code: git's commit, or where the package is no checkout $RANKRACE_COMMIT (+: changed)."""
+
+    def git(*arguments: str) -> str | None:
+        package = Path(__file__).parents[1]
+        try:
+            done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".")
+    given = os.environ.get("RANKRACE_COMMIT")
+    if commit is None and given:
+        commit, changes = given.rstrip("+"), "+" if given.endswith("+") else ""
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def hardware(device: torch.device) -> Record:
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_of": "device" if gpu else "process",
+    }

@@ -1,0 +1,164 @@
+"""A table as Markdown, LaTeX, CSV and HTML, and its two figures."""
+
+import csv
+import io
+import math
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+from rankrace.bench.table import Cell, Row, Table
+from rankrace.report.canvas import INK, RAMP, WIDE, canvas, to_svg
+from rankrace.report.text import count, duration
+from rankrace.result import replace_text
+from rankrace.tasks import TASKS
+
+Mark = Callable[[str], str]
+
+
+def write_all(table: Table, folder: Path) -> list[Path]:
+    """table.md, .tex, .csv and .html, and a figure for each of the two costs."""
+    figures = {f"quality-{cost}": figure(table, cost) for cost in ("parameters", "time")}
+    texts = {
+        "table.md": markdown(table),
+        "table.tex": latex(table),
+        "table.csv": as_csv(table),
+        "table.html": html(table, list(figures.values())),
+        **{f"{name}.svg": svg for name, svg in figures.items()},
+    }
+    for name, text in texts.items():
+        replace_text(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def header(table: Table) -> list[str]:
+    names = [f"{task} {TASKS[task].metrics[0]}" for task in table.tasks]
+    glue = ["GLUE"] if any(row.glue is not None for row in table.rows) else []
+    return ["method", *names, *glue, "parameters", "rank", "time", "of it search", "tuning", "peak memory"]
+
+
+def body(table: Table, bold: Mark, plus_minus: str, dagger: str) -> list[list[str]]:
+    lines = []
+    glue = "GLUE" in header(table)
+    for row in table.rows:
+        scores = [shown(row.cells.get(task), bold, plus_minus, dagger) for task in table.tasks]
+        mean = [f"{row.glue:.2f}" if row.glue is not None else "–"] if glue else []
+        lines.append([row.method, *scores, *mean, *costs(row, table)])
+    for name, values in table.baselines.items():
+        scores = [f"{values[task]:.2f}" if task in values else "–" for task in table.tasks]
+        lines.append([f"always {name}", *scores, *(["–"] if glue else []), *["–"] * 6])
+    return lines
+
+
+def shown(cell: Cell | None, bold: Mark, plus_minus: str, dagger: str) -> str:
+    if cell is None:
+        return "–"
+    text = f"{cell.mean:.2f}"
+    text = bold(text) if cell.best else text
+    if not math.isnan(cell.half_width):
+        text += f" {plus_minus} {cell.half_width:.2f}"
+    return text + (dagger if cell.tie else "")
+
+
+def costs(row: Row, table: Table) -> list[str]:
+    if not row.cells or not table.common:
+        return ["–"] * 6
+    low, high = (min(row.ranks), max(row.ranks)) if row.ranks else (0, 0)
+    return [
+        count(row.parameters),
+        "–" if not row.ranks else f"{low}" if low == high else f"{low}–{high}",
+        duration(row.train_s),
+        duration(row.search_s) if row.search_s else "–",
+        duration(row.tuning_s) if row.tuning_s else "–",
+        "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
+    ]
+
+
+def markdown(table: Table) -> str:
+    names = header(table)
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *body(table, lambda t: f"**{t}**", "±", " †")]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    claims = "Against the paper's claims:\n\n" + listed(table.claims) + "\n" if table.claims else ""
+    return f"{table.model}\n\n{text}\n\n{claims}Notes:\n\n{listed(table.notes)}"
+
+
+def listed(sentences: list[str]) -> str:
+    return "".join(f"- {sentence}\n" for sentence in sentences)
+
+
+def latex(table: Table) -> str:
+    """With booktabs."""
+
+    def safe(text: str) -> str:
+        for character in "&%_#":
+            text = text.replace(character, "\\" + character)
+        return text.replace("–", "--").replace("†", r"$^\dagger$")
+
+    names = header(table)
+    rows = [[safe(c) for c in line] for line in body(table, lambda t: rf"\textbf{{{t}}}", r"$\pm$", "†")]
+    lines = [" & ".join(line) + r" \\" for line in rows]
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
+            r"\toprule",
+            " & ".join(safe(n) for n in names) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(f"% {note}" for note in [*table.claims, *table.notes]),
+            "",
+        ]
+    )
+
+
+def as_csv(table: Table) -> str:
+    """One line a method and task, with everything that the other forms round."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        ["method", "task", "metric", "mean", "half_width_95", "seeds", "behind_best", "behind_se", "best", "tie",
+         "parameters", "train_s", "search_s", "tuning_s", "peak_bytes"]
+    )  # fmt: skip
+    for row in table.rows:
+        for task, cell in row.cells.items():
+            behind = (cell.behind.mean, cell.behind.se, cell.best, cell.tie)
+            writer.writerow(
+                [row.method, task, TASKS[task].metrics[0], cell.mean, cell.half_width, len(cell.seeds), *behind,
+                 row.parameters, row.train_s, row.search_s, row.tuning_s, row.peak_bytes]
+            )  # fmt: skip
+    return buffer.getvalue()
+
+
+def html(table: Table, figures: list[str]) -> str:
+    """One page that needs nothing else."""
+
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+    names = line([escape(n) for n in header(table)], "th")
+    rows = [line(cells, "td") for cells in body(table, lambda t: f"<b>{t}</b>", "±", " †")]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in [*table.claims, *table.notes])
+    style = "body{font:15px/1.5 system-ui;margin:2rem;max-width:75rem}td,th{padding:.2rem .7rem;text-align:right}"
+    style += "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#8881}svg{max-width:48rem}"
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{escape(table.model)}</title><style>{style}</style>"
+        f"<h1>{escape(table.model)}</h1><table>{names}{''.join(rows)}</table>"
+        f"<ul>{notes}</ul>{''.join(figures)}\n"
+    )
+
+
+def figure(table: Table, cost: str) -> str:
+    """Mean score over the tasks that all methods have run on, against a cost."""
+    trained = [row for row in table.rows if row.parameters and row.cells]
+    drawing, (axes,) = canvas(WIDE, f"Mean score over {', '.join(table.common) or 'no common task'}")
+    points = []
+    for row in trained if table.common else []:
+        x = row.parameters if cost == "parameters" else row.train_s
+        points.append((x, sum(row.cells[task].mean for task in table.common) / len(table.common), row.method))
+    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=RAMP[5], s=30, zorder=3)
+    for x, y, name in points:
+        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=WIDE.font)
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters" if cost == "parameters" else "seconds of training, search included")
+    return to_svg(drawing, f"quality-{cost}-wide", f"Mean score against {cost}, one point a method.")

@@ -1,0 +1,163 @@
+"""The results folder: one JSON a run, an SQLite index of them, one runner at a time.
+
+RESULTS/runs/*.json     the records; they alone are the truth
+RESULTS/index.sqlite    made from them for queries: sqlite3 index.sqlite 'select method, avg(value) from runs …'
+RESULTS/work/           checkpoints of runs in progress
+RESULTS/logs/           what each run printed
+"""
+
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rankrace.bench.experiment import Experiment, Job, fingerprint, settings_of
+from rankrace.bench.record import SCHEMA, Record
+from rankrace.errors import RankraceError
+
+COLUMNS = {
+    "key": "text primary key", "experiment": "text", "method": "text", "task": "text", "seed": "integer",
+    "scale": "real", "tuning": "integer", "status": "text", "error": "text", "metric": "text", "value": "real",
+    "validation_loss": "real", "learning_rate": "real", "rank": "integer", "parameters": "integer",
+    "train_s": "real", "search_s": "real", "peak_bytes": "integer", "slots": "integer", "device": "text",
+    "commit_id": "text",
+}  # fmt: skip
+
+
+class Store:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runs = folder, folder / "runs"
+        self.set_aside: list[Path] = []
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One runner at a time; the lock ends with the process that holds it.
+
+        Raises:
+            RankraceError: another runner works in this folder, or it cannot be written.
+        """
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise RankraceError(
+                f"cannot write {self.folder}: {error.strerror or error}",
+                why="each run leaves a record there",
+                fix="choose another --out",
+            ) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RankraceError(
+                    f"another runner is at work in {self.folder}",
+                    why="both would do the same runs, and each would write over the other's records",
+                    fix="wait for it, or choose another --out",
+                ) from error
+            yield
+        finally:
+            os.close(handle)
+
+    def records(self) -> dict[str, Record]:
+        """All whole records by key; a broken file is renamed to *.broken, and its run is missing again."""
+        found = {}
+        for path in sorted(self.runs.glob("*.json")):
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+                if record["schema"] != SCHEMA or record["key"] != path.stem:
+                    raise ValueError("it is no record of this kind")
+                found[path.stem] = record
+            except (ValueError, KeyError, TypeError):
+                aside = path.with_suffix(".json.broken")
+                path.rename(aside)
+                self.set_aside.append(aside)
+        return found
+
+    def index(self, records: dict[str, Record]) -> None:
+        """Makes index.sqlite anew."""
+        partial = self.folder / ".index.partial"
+        partial.unlink(missing_ok=True)
+        with closing(sqlite3.connect(partial)) as database, database:
+            database.execute(f"create table runs ({', '.join(f'{n} {kind}' for n, kind in COLUMNS.items())})")
+            marks = ", ".join("?" * len(COLUMNS))
+            rows = [[flat(record)[name] for name in COLUMNS] for record in records.values()]
+            database.executemany(f"insert into runs values ({marks})", rows)
+        partial.rename(self.folder / "index.sqlite")
+
+
+def flat(record: Record) -> dict[str, Any]:
+    """A record as a row of the index."""
+    metric = next(iter(record["metrics"]), None)
+    time, hardware = record.get("time", {}), record.get("hardware", {})
+    more = {
+        "metric": metric,
+        "value": record["metrics"][metric] if metric else None,
+        "train_s": time.get("train_s"),
+        "search_s": time.get("search_s"),
+        "device": hardware.get("device"),
+        "commit_id": record["commit"],
+    }
+    return {name: more[name] if name in more else record.get(name) for name in COLUMNS}
+
+
+def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = False) -> list[Job]:
+    """The runs that can start now: what is missing, tuning before the runs that need its outcome.
+
+    Args:
+        retry: failed runs count as missing.
+    """
+    missing: list[Job] = []
+
+    def wanted(job: Job) -> bool:
+        record = records.get(job.key)
+        return record is None or (retry and record["status"] == "failed")
+
+    for task in experiment.tasks:
+        for method in experiment.methods:
+            tuning = tuning_jobs(experiment, method, task)
+            open_ = [job for job in tuning if wanted(job)]
+            missing += open_
+            if open_:
+                continue
+            scale = best_scale(tuning, records)
+            for seed in experiment.seeds:
+                job = Job(method=method, task=task, seed=seed, scale=scale, tuning=False)
+                if wanted(job):
+                    missing.append(job)
+    return missing
+
+
+def tuning_jobs(experiment: Experiment, method: str, task: str) -> list[Job]:
+    """None where there is nothing to choose from, or nothing to train."""
+    scales, seed = experiment.tuning.scales, experiment.tuning.seed
+    if len(scales) == 1 or method == "base":
+        return []
+    return [Job(method=method, task=task, seed=seed, scale=scale, tuning=True) for scale in scales]
+
+
+def best_scale(tuning: list[Job], records: dict[str, Record]) -> float:
+    """That of the lowest validation loss; of runs that failed none. 1 where nothing was tuned or nothing worked."""
+    losses = {job.scale: records[job.key]["validation_loss"] for job in tuning}
+    finite = {scale: loss for scale, loss in losses.items() if loss is not None}
+    return min(finite, key=lambda scale: finite[scale]) if finite else 1.0
+
+
+def check(experiment: Experiment, records: dict[str, Record]) -> None:
+    """Raises RankraceError when a record of the grid was made with other settings than are asked for now."""
+    for key, record in records.items():
+        if record["method"] not in experiment.methods or record["task"] not in experiment.tasks:
+            continue
+        names = ("method", "task", "seed", "scale", "tuning")
+        now, then = settings_of(experiment, Job(**{name: record[name] for name in names})), record["settings"]
+        if fingerprint(now) != record["fingerprint"]:
+            keys = [k for k in {**now, **then} if then.get(k) != now.get(k)]
+            differing = "; ".join(f"{k}: {then.get(k)} there, {now.get(k)} now" for k in keys)
+            raise RankraceError(
+                f"{key} was run with other settings ({differing or 'unknown'})",
+                why="a table of runs with different settings compares nothing",
+                fix="choose another --out, or put the old settings back",
+            )

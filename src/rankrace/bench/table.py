@@ -1,0 +1,226 @@
+"""`rankrace bench table`: what the records of a results folder say, method by method.
+
+Legend: n seeds of a cell.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankrace.bench.claims import alone, claims
+from rankrace.bench.paired import Difference, difference
+from rankrace.bench.record import Record
+from rankrace.errors import RankraceError
+from rankrace.methods import METHODS
+from rankrace.tasks import TASKS
+from rankrace.tasks.glue import GLUE, glue_score
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5% points of Student's t with 1 to 10 degrees of freedom."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One method on one task."""
+
+    values: tuple[float, ...]
+    """The task's first metric, of each seed."""
+    seeds: tuple[int, ...]
+    behind: Difference
+    """The best method less this one."""
+    best: bool
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def half_width(self) -> float:
+        """Of the 95% interval of the mean over seeds; NaN with one seed."""
+        return t_half_width(self.values)
+
+    @property
+    def tie(self) -> bool:
+        return not self.best and self.behind.tie
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method over all tasks. Times are sums over `Table.common` of means over seeds."""
+
+    method: str
+    cells: dict[str, Cell]
+    glue: float | None
+    """The mean over the GLUE tasks, if it has run on all of them that there are in the table."""
+    parameters: float
+    """Mean over those tasks."""
+    ranks: tuple[int, ...]
+    train_s: float
+    """With the search, without the tuning of the learning rate."""
+    search_s: float
+    tuning_s: float
+    peak_bytes: float | None
+    """The largest, of those tasks."""
+    at_edge: tuple[str, ...]
+    """Tasks whose best learning rate was the smallest or the largest that was tried."""
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    model: str
+    tasks: tuple[str, ...]
+    common: tuple[str, ...]
+    """The tasks on which every method in the table has run: only there costs can be compared."""
+    rows: list[Row]
+    baselines: dict[str, dict[str, float]]
+    """Constant answers: name → task → the task's first metric."""
+    claims: list[str]
+    notes: list[str]
+
+
+def t_half_width(values: Sequence[float]) -> float:
+    """t·s/√n: half the 95% interval of a mean."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.5 / (n - 1)
+    return t * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def build(records: dict[str, Record]) -> Table:
+    """The table of the finished runs.
+
+    Raises:
+        RankraceError: there is none.
+    """
+    runs = [r for r in records.values() if not r["tuning"] and r["status"] == "done"]
+    if not runs:
+        raise RankraceError(
+            "there is no finished run to make a table of",
+            why="every run is missing or failed",
+            fix="run `rankrace bench run` first; index.sqlite and runs/*.json say what failed",
+        )
+    tasks = tuple(task for task in TASKS if any(r["task"] == task for r in runs))
+    methods = [m for m in METHODS if any(r["method"] == m for r in records.values())]
+    cells = {task: cells_of(task, [r for r in runs if r["task"] == task]) for task in tasks}
+    measured = [m for m in methods if any(m in cells[task] for task in tasks)]
+    common = tuple(task for task in tasks if all(m in cells[task] for m in measured))
+    rows = [row_of(method, tasks, common, cells, records) for method in methods]
+    baselines: dict[str, dict[str, float]] = {}
+    for record in runs:
+        for name, scores in record["baselines"].items():
+            baselines.setdefault(name, {})[record["task"]] = scores[TASKS[record["task"]].metrics[0]]
+    return Table(
+        model=runs[0]["settings"]["model"], tasks=tasks, common=common, rows=rows, baselines=baselines,
+        claims=claims(runs), notes=notes_of(rows, runs, common),
+    )  # fmt: skip
+
+
+def cells_of(task: str, runs: list[Record]) -> dict[str, Cell]:
+    """By method; the best has the highest mean metric over seeds.
+
+    Raises:
+        RankraceError: the runs have not the same test rows.
+    """
+    if len({(len(r["rows"]), r["settings"]["test_max"]) for r in runs}) > 1:
+        raise RankraceError(
+            f"the runs on {task} have different test rows",
+            why="a difference between scores on different rows compares nothing",
+            fix="keep experiments of different test_max in different folders",
+        )
+    metric = TASKS[task].metrics[0]
+    by_method: dict[str, list[Record]] = {}
+    for record in sorted(runs, key=lambda r: r["seed"]):
+        by_method.setdefault(record["method"], []).append(record)
+    best = max(by_method, key=lambda method: np.mean([r["metrics"][metric] for r in by_method[method]]))
+    return {
+        method: Cell(
+            values=tuple(r["metrics"][metric] for r in found),
+            seeds=tuple(r["seed"] for r in found),
+            behind=difference(by_method[best], found),
+            best=method == best,
+        )
+        for method, found in by_method.items()
+    }
+
+
+def row_of(
+    method: str,
+    tasks: Sequence[str],
+    common: Sequence[str],
+    cells: dict[str, dict[str, Cell]],
+    records: dict[str, Record],
+) -> Row:
+    mine = {task: cells[task][method] for task in tasks if method in cells[task]}
+    runs = [r for r in records.values() if r["method"] == method]
+    done = [r for r in runs if r["status"] == "done" and not r["tuning"]]
+    tuning = [r for r in runs if r["status"] == "done" and r["tuning"]]
+    on = {task: [r for r in done if r["task"] == task] for task in common}
+
+    def total(name: str) -> float:
+        """Σ over tasks of the mean over seeds."""
+        return sum(float(np.mean([r["time"][name] for r in alone(found)])) for found in on.values() if found)
+
+    glue = [task.name for task in GLUE if task.name in tasks]
+    metrics = {
+        t: {m: float(np.mean([r["metrics"][m] for r in done if r["task"] == t])) for m in TASKS[t].metrics}
+        for t in glue
+        if t in mine
+    }
+    peaks = [r["peak_bytes"] for found in on.values() for r in found if r["peak_bytes"] is not None]
+    sizes = [float(np.mean([r["parameters"] for r in found])) for found in on.values() if found]
+    return Row(
+        method=method,
+        cells=mine,
+        glue=glue_score(metrics) if glue and len(metrics) == len(glue) else None,
+        parameters=float(np.mean(sizes)) if sizes else 0.0,
+        ranks=tuple(r["rank"] for r in done if r["rank"] is not None),
+        train_s=total("train_s"),
+        search_s=total("search_s"),
+        tuning_s=sum(r["time"]["train_s"] for r in tuning if r["task"] in common),
+        peak_bytes=max(peaks) if peaks else None,
+        at_edge=tuple(task for task in mine if edge(task, done, tuning)),
+        failures=tuple(f"{r['key']}: {r['error'].splitlines()[0]}" for r in runs if r["status"] == "failed"),
+    )
+
+
+def edge(task: str, done: list[Record], tuning: list[Record]) -> bool:
+    scales = [r["scale"] for r in tuning if r["task"] == task]
+    used = {r["scale"] for r in done if r["task"] == task}
+    return bool(scales) and bool(used & {min(scales), max(scales)})
+
+
+def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str]) -> list[str]:
+    """What a reader must know, a sentence each."""
+    devices = sorted({r["hardware"]["device"] for r in runs})
+    commits = sorted({str(r["commit"])[:12] + ("+" if r["dirty"] else "") for r in runs})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "device") for r in runs})
+    names = sorted({r["experiment"] for r in runs})
+    sizes = {r["task"]: len(r["rows"]) for r in runs}
+    seeds = {row.method: sorted({s for cell in row.cells.values() for s in cell.seeds}) for row in rows if row.cells}
+    most = max(seeds.values(), key=len)
+    fewer = [f"{method} {', '.join(map(str, found))}" for method, found in seeds.items() if found != most]
+    shared = sorted({r["method"] for r in runs if r["slots"] > 1 and not r["tuning"]})
+    notes = [
+        f"Experiment: {', '.join(names)} (`rankrace bench run experiments/{names[0]}.yaml`).",
+        f"Seeds {', '.join(map(str, most))}" + (f" (only: {'; '.join(fewer)})" if fewer else "")
+        + "; ± is half the 95% t interval of the mean over seeds, and says nothing of other test rows.",
+        "Bold: the highest mean. †: not to be told from it (within 1.96 standard errors of the difference, paired "
+        "over the test rows and the seeds; for F1 of classes and Matthews' correlation the share of right rows).",
+        "Test rows: " + ", ".join(f"{task} {count:,}" for task, count in sizes.items()) + ". They chose nothing.",
+        "Time: wall clock of preparing and training, the search within it; tuning the learning rate apart. No method "
+        f"stops early. Times are sums, parameters means, over {', '.join(common) or 'no task'}.",
+        f"Device: {', '.join(devices)}. Commit: {', '.join(commits)} (+: with local changes). "
+        f"Versions: {'; '.join(versions)}.",
+    ]  # fmt: skip
+    if shared:
+        notes.append(f"Some runs shared the machine with others; times are of those that did not, if there are: "
+                     f"{', '.join(shared)}.")  # fmt: skip
+    edges = [f"{row.method} ({', '.join(row.at_edge)})" for row in rows if row.at_edge]
+    if edges:
+        notes.append(f"Best learning rate at the edge of those tried: {'; '.join(edges)}.")
+    notes += [f"Failed: {failure}." for row in rows for failure in row.failures]
+    return notes

@@ -1,0 +1,85 @@
+"""A method whose shape does not change in training: given parameters, one learning rate, to the end."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from rankrace.config import RunConfig
+from rankrace.data import Data
+from rankrace.data.encoded import Task
+from rankrace.errors import RankraceError
+from rankrace.methods.method import Described
+from rankrace.methods.parameters import Parameters
+from rankrace.plan import default_micro_tokens
+from rankrace.session import recipe_of
+from rankrace.train.loop import Trainer
+from rankrace.train.model import PackedModel
+from rankrace.train.optimizer import Optimizer
+
+
+class Fixed:
+    """Args:
+    config: its lr is the peak learning rate.
+    rank: of a LoRA adapter.
+    optimizer: what to make of the loop's own one.
+    delivered: how many of the trained values are needed to use the model; None: all.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Data,
+        trained: Parameters,
+        task: Task,
+        *,
+        rank: int | None = None,
+        optimizer: Callable[[Optimizer, Trainer[Parameters]], Optimizer] = lambda own, trainer: own,
+        delivered: Callable[[], int] | None = None,
+    ) -> None:
+        refuse_unshared(config)
+        assert config.lr is not None
+        model = PackedModel(trained.model, trained, task)
+        shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
+        model.verify(model.pack(data.train.examples, shortest))
+        micro_tokens = config.micro_tokens or default_micro_tokens(trained.model)
+        self.trainer = Trainer(model, data.train.examples, recipe_of(config, micro_tokens))
+        self.trainer.begin([config.lr])
+        self.trainer.optimizer = optimizer(self.trainer.optimizer, self.trainer)
+        self.rank, self.delivered = rank, delivered
+
+    def run(self) -> Iterator[Tensor]:
+        return self.trainer.run(self.trainer.total)
+
+    def tensors(self) -> dict[str, Tensor]:
+        optimizer = {f"optimizer.{n}": t for n, t in self.trainer.optimizer.state().items()}
+        return {"values": self.trainer.bank.values.all_KP, **optimizer}
+
+    def state(self) -> dict[str, Any]:
+        t = self.trainer
+        return {"step": t.step, "tokens": t.tokens, "seconds": t.seconds}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        t, prefix = self.trainer, "optimizer."
+        t.bank.load(tensors["values"])
+        t.optimizer.load_state({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
+        t.step, t.tokens, t.seconds = state["step"], state["tokens"], state["seconds"]
+
+    def described(self) -> Described:
+        everything = self.trainer.bank.values.all_KP.numel()
+        return Described(
+            parameters=everything if self.delivered is None else self.delivered(),
+            learning_rate=self.trainer.lr_K[0],
+            rank=self.rank,
+        )
+
+
+def refuse_unshared(config: RunConfig) -> None:
+    """Raises RankraceError for options that only a bank has: the methods would not be compared on equal terms."""
+    for option, shared in (("dropout", config.dropout == 0), ("compile", config.compile != "on")):
+        if not shared:
+            raise RankraceError(
+                f"--{option} is an option of rankrace's own methods",
+                why="the other methods would be compared with them on unequal terms",
+                fix=f"leave {option} out of the experiment",
+            )

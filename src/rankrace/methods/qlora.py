@@ -1,0 +1,78 @@
+"""QLoRA: LoRA on a base whose linear layers are kept in 4 bits (NF4; Dettmers et al. 2023). GPU only."""
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from rankrace.config import RunConfig
+from rankrace.data import Data
+from rankrace.data.encoded import Task
+from rankrace.errors import RankraceError
+from rankrace.methods.fixed import Fixed
+from rankrace.methods.method import Running
+from rankrace.methods.parameters import Parameters
+from rankrace.methods.peft_lora import shared, trainable, wrapped
+from rankrace.select.learning_rate import default_lr
+from rankrace.train.model import readable
+
+
+class QLora:
+    gpu_only = True
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.name = f"qlora-r{rank}"
+
+    def default_lr(self, width: int, config: RunConfig) -> float:
+        return default_lr(width)
+
+    def load(
+        self,
+        name: str,
+        task: Task,
+        labels: tuple[str, ...] | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> PreTrainedModel:
+        if device.type != "cuda":
+            raise RankraceError(
+                f"{self.name} needs a GPU",
+                why="its 4-bit products are CUDA kernels of the package bitsandbytes",
+                fix="run it with --device cuda on a machine that has one, or leave the method out",
+            )
+        if task == "classification":
+            raise RankraceError(
+                f"{self.name} is for causal language models",
+                why="the encoders that classify are small, and nobody keeps them in 4 bits",
+                fix="leave the method out for this model",
+            )
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        try:
+            return readable(
+                name,
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    name, dtype=dtype, quantization_config=four_bits, device_map={"": device}
+                ),
+            )
+        except ImportError as error:
+            raise RankraceError(
+                f"{self.name} cannot load the base in 4 bits: {error}",
+                why="NF4 comes from the package bitsandbytes",
+                fix="pip install bitsandbytes",
+            ) from error
+
+    def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
+        lora = LoraConfig(
+            r=self.rank,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+            **shared(config, model, task),
+        )
+        peft_model = wrapped(model, lora, config.seed)
+        return Fixed(config, data, Parameters(model, trainable(peft_model)), task, rank=self.rank)

@@ -1,0 +1,66 @@
+"""rankrace's own strategies as methods: the rank is chosen on validation examples within the run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankrace.bank import Bank
+from rankrace.config import RunConfig
+from rankrace.data import Data
+from rankrace.data.encoded import Task
+from rankrace.methods.method import Described, PlainLoad, Running
+from rankrace.run import reason_of
+from rankrace.select.learning_rate import default_lr
+from rankrace.session import Session, prepare
+from rankrace.train.loop import Trainer
+
+
+class Rankrace(PlainLoad):
+    """Args:
+    strategy: a value of RunConfig.strategy.
+    """
+
+    def __init__(self, strategy: str) -> None:
+        self.name = strategy
+
+    def default_lr(self, width: int, config: RunConfig) -> float:
+        return default_lr(width)
+
+    def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
+        return Choosing(prepare(config.model_copy(update={"strategy": self.name}), data, model, task))
+
+
+class Choosing:
+    """A session, seen as any other method at work."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    @property
+    def trainer(self) -> Trainer[Bank]:
+        return self.session.trainer
+
+    def run(self) -> Iterator[Tensor]:
+        return self.session.search.run()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.session.tensors()
+
+    def state(self) -> dict[str, Any]:
+        return self.session.state()
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.session.restore(tensors, state)
+
+    def described(self) -> Described:
+        search, bank = self.session.search, self.trainer.bank
+        rank = bank.candidates.ranks[0]
+        return Described(
+            parameters=bank.trainable_parameters(rank),
+            learning_rate=search.setting(rank).lr,
+            rank=rank,
+            search_s=search.state.look_seconds + search.state.loser_seconds,
+            reason=reason_of(self.session),
+        )

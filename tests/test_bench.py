@@ -1,0 +1,431 @@
+"""`rankrace bench` and `rankrace eval` as a person runs them, on a tiny model and a few rows of real tasks."""
+
+import csv
+import fcntl
+import json
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from commandline import Ran, assert_refused, rankrace
+from rankrace.bench.experiment import Job, read_experiment
+from rankrace.bench.job import perform
+from rankrace.bench.paired import difference
+from rankrace.bench.record import Record
+from rankrace.bench.table import Table, build, t_half_width
+from rankrace.errors import RankraceError
+from rankrace.tasks import find_task
+from tinyfolder import tiny_bert, tiny_llama
+
+SMALL = {"max_steps": 3, "batch_size": 4, "train_max": 32, "validation_max": 16, "ranks": [2, 4], "max_length": 256}
+
+
+@pytest.fixture(autouse=True)
+def _data(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKRACE_DATA", str(data_root))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("bert"), minilm)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"), smollm2)
+
+
+def written(folder: Path, model: Path, **values: Any) -> Path:
+    path = folder / "grid.yaml"
+    common = {**SMALL, **values.pop("common", {})}
+    path.write_text(yaml.safe_dump({"model": str(model), "test_max": 8, "common": common, **values}))
+    return path
+
+
+def run(experiment: Path, *options: object) -> Ran:
+    return rankrace("bench", "run", experiment, "--out", experiment.parent / "out", "--device", "cpu", *options)
+
+
+def record(folder: Path, key: str) -> dict[str, Any]:
+    return json.loads((folder / "out" / "runs" / f"{key}.json").read_text())
+
+
+def test_a_grid_runs_fills_what_is_missing_and_becomes_a_table(tmp_path: Path, bert: Path) -> None:
+    experiment = written(tmp_path, bert, methods=["full", "lora-r8", "shrink", "qlora-r16"], tasks=["rte", "cola"],
+                         seeds=[0, 1], tuning={"scales": [0.5, 1]})  # fmt: skip
+    ran = run(experiment, "--slots", 0)
+    assert ran.code == 0, ran.err
+    runs = tmp_path / "out" / "runs"
+    keys = {path.stem for path in runs.iterdir()}
+    tunings = {k for k in keys if k.endswith("--tuning")}
+    assert len(tunings) == 2 * 4 * 2
+    assert len(keys - tunings) == 2 * 4 * 2
+    assert "failed: qlora-r16 needs a GPU" in ran.err
+
+    for method in ("full", "lora-r8", "shrink"):
+        tuned = [record(tmp_path, f"rte--{method}--seed0--lr{s}--tuning") for s in ("0.5", "1")]
+        best = min(tuned, key=lambda r: r["validation_loss"])
+        assert all(r["metrics"] == {} and r["rows"] == [] for r in tuned), "the test part chose something"
+        final = record(tmp_path, f"rte--{method}--seed0--lr{best['scale']:g}")
+        assert final["validation_loss"] == best["validation_loss"], "the run for the table is the tuned one"
+        assert final["time"]["steps_s"] == best["time"]["steps_s"], "it was not trained twice"
+        assert len(final["rows"]) == 8
+        assert set(final["versions"]) >= {"torch", "transformers", "peft", "python"}
+        assert len(final["data"]["sha256"]) == 64
+        assert final["data"]["sha256"] == tuned[0]["data"]["sha256"]
+    assert not list((tmp_path / "out" / "work").glob("rte--*"))
+
+    index = sqlite3.connect(tmp_path / "out" / "index.sqlite")
+    assert index.execute("select count(*) from runs where status = 'failed'").fetchone() == (8,)
+    index.close()
+
+    before = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
+    gone = runs / "cola--full--seed1--lr1.json"
+    gone = gone if gone.exists() else runs / "cola--full--seed1--lr0.5.json"
+    gone.unlink()
+    half = runs / f"rte--lora-r8--seed1--lr{best_scale(tmp_path, 'rte', 'lora-r8'):g}.json"
+    half.write_text(half.read_text()[:200])
+    again = run(experiment, "--slots", 0)
+    assert "2 runs now" in again.out
+    assert "Set aside" in again.err
+    changed = {p.name for p in runs.glob("*.json") if before.get(p.name) != p.stat().st_mtime_ns}
+    assert changed == {gone.name, half.name}
+    assert half.with_suffix(".json.broken").exists()
+
+    table = rankrace("bench", "table", tmp_path / "out")
+    assert table.code == 0, table.err
+    assert "rte accuracy" in table.out
+    assert "cola matthews" in table.out
+    assert "**" in table.out
+    with (tmp_path / "out" / "table.csv").open() as stream:
+        lines = {(row["method"], row["task"]): row for row in csv.DictReader(stream)}
+    seeds = [record(tmp_path, p.stem) for p in runs.glob("rte--full--seed?--lr*.json") if "tuning" not in p.stem]
+    accuracy = [r["metrics"]["accuracy"] for r in seeds]
+    assert float(lines["full", "rte"]["mean"]) == pytest.approx(sum(accuracy) / 2)
+    assert {p.name for p in (tmp_path / "out").glob("table.*")} == {
+        "table.md",
+        "table.tex",
+        "table.csv",
+        "table.html",
+    }
+    assert (tmp_path / "out" / "quality-time.svg").read_text().startswith("<svg")
+
+    other = written(tmp_path, bert, methods=["full"], tasks=["rte"], common={"batch_size": 8})
+    assert_refused(run(other), "other settings", "batch_size: 4 there, 8 now")
+
+
+def best_scale(folder: Path, task: str, method: str) -> float:
+    tuned = [record(folder, f"{task}--{method}--seed0--lr{s}--tuning") for s in ("0.5", "1")]
+    return min(tuned, key=lambda r: r["validation_loss"])["scale"]
+
+
+def test_generated_answers_chosen_letters_and_runs_in_processes_of_their_own(tmp_path: Path, llama: Path) -> None:
+    experiment = written(tmp_path, llama, methods=["base", "lora-r8"], tasks=["squad2", "medqa"], test_max=4)
+    ran = run(experiment, "--slots", 2)
+    assert ran.code == 0, ran.err
+    assert "4 runs now, 0 of them failed" in ran.out, ran.err
+    squad, medqa = (record(tmp_path, f"{task}--lora-r8--seed0--lr1") for task in ("squad2", "medqa"))
+    assert set(squad["metrics"]) == {"f1", "exact"}
+    assert set(medqa["metrics"]) == {"accuracy", "generated_accuracy"}
+    assert squad["peak_bytes"] > 2**20
+    assert record(tmp_path, "squad2--base--seed0--lr1")["parameters"] == 0
+
+
+def test_an_empty_answer_to_every_question_of_squad2_scores_54_7(data_root: Path) -> None:
+    rows = find_task("squad2").splits(data_root, 0).test
+    assert find_task("squad2").score([""] * len(rows), rows)["f1"] == pytest.approx(54.7, abs=0.05)
+
+
+JOB = Job(method="adalora-r8", task="sst2", seed=0, scale=1.0, tuning=False)
+
+
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama: Path) -> None:
+    """A process of its own, stopped by a signal in mid-run; the second one ends where one undisturbed does."""
+    common = {"max_steps": 30, "epochs": 30}
+    experiment = written(tmp_path, llama, methods=["adalora-r8"], tasks=["sst2"], common=common)
+    code = (
+        "from pathlib import Path; from rankrace.bench.experiment import Job, read_experiment;"
+        "from rankrace.bench.job import perform;"
+        f"perform(read_experiment(Path({str(experiment)!r})), {JOB!r}, Path({str(tmp_path / 'out')!r}), 'cpu', 0.0)"
+    )
+    worker = [sys.executable, "-c", code]
+    process = subprocess.Popen(worker)
+    checkpoints = tmp_path / "out" / "work" / "sst2--adalora-r8--seed0--lr1"
+    wait_for(lambda: len(list(checkpoints.glob("step-*"))) > 1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(int(p.name[5:]) for p in checkpoints.glob("step-*"))
+    assert 0 < reached < 30
+    key = "sst2--adalora-r8--seed0--lr1"
+    assert not (tmp_path / "out" / "runs" / f"{key}.json").exists()
+    subprocess.run(worker, check=True)
+    resumed = record(tmp_path, key)
+    assert resumed["steps"] == 30
+    (tmp_path / "whole").mkdir()
+    perform(read_experiment(experiment), JOB, tmp_path / "whole" / "out", "cpu")
+    assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_runner_that_is_terminated_saves_its_runs_and_leaves_none(tmp_path: Path, bert: Path, slots: int) -> None:
+    common = {"max_steps": 100_000, "epochs": 100_000}
+    experiment = written(tmp_path, bert, methods=["full", "lora-r8"], tasks=["rte"], common=common)
+    out = tmp_path / "out"
+    code = (
+        "from pathlib import Path; from rankrace.bench.run import run_experiment;"
+        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots={slots}, device='cpu', save_s=0.0)"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list(out.glob("work/*"))) == max(1, slots))
+    runner.send_signal(signal.SIGTERM)
+    _, said = runner.communicate(timeout=60)
+    assert "rankrace.interrupt.Interrupted: the same command again" in said
+    assert not list((out / "runs").iterdir()), "what was stopped has not failed"
+    reached = sorted(out.glob("work/*/step-*"))
+    assert reached
+    time.sleep(0.5)  # some hundred steps
+    assert sorted(out.glob("work/*/step-*")) == reached, "a run goes on without its runner"
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: Path, llama: Path) -> None:
+    """On a real local cluster; a process of its own, since Ray changes the one that starts it."""
+    experiment = written(tmp_path, llama, methods=["lora-r8"], tasks=["sst2"], common={"max_steps": 40, "epochs": 40})
+    out = tmp_path / "out"
+    code = (
+        "from pathlib import Path; from rankrace.bench.run import run_experiment;"
+        f"print(run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), runner='ray', "
+        "device='cpu', save_s=0.0))"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    key = "sst2--lora-r8--seed0--lr1"
+    wait_for(lambda: len(list((out / "work" / key).glob("step-*"))) > 1)
+    os.kill(ray_worker(driver.pid), signal.SIGKILL)
+    printed, _ = driver.communicate(timeout=120)
+    assert "(1, 0, 0)" in printed
+    done = record(tmp_path, key)
+    assert (done["status"], done["steps"]) == ("done", 40)
+    assert done["resumed_at"] > 0
+
+
+def ray_worker(driver: int) -> int:
+    """The process of the driver's one run: Ray gives its workers the names of their tasks."""
+    named = [p for p in Path("/proc").glob("[0-9]*") if said(p / "cmdline").startswith(b"ray::perform")]
+    found = [int(p.name) for p in named if driver in ancestors(int(p.name))]
+    assert len(found) == 1
+    return found[0]
+
+
+def ancestors(process: int) -> Iterator[int]:
+    while process > 1:
+        fields = said(Path(f"/proc/{process}/stat")).rpartition(b")")[2].split()
+        process = int(fields[1]) if fields else 0
+        yield process
+
+
+def said(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # the process has just ended
+        return b""
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"methods": ["lora8"], "tasks": ["rte"]}, ("'lora8'", "'lora-r8'")),
+        ({"methods": ["full"], "tasks": ["squad"]}, ("'squad'", "'squad2'")),
+        ({"methods": ["full"], "tasks": ["rte"], "sedes": [0]}, ("'sedes'", "'seeds'")),
+        ({"methods": ["full"], "tasks": ["rte"], "common": {"epohcs": 1}}, ("'epohcs'", "'epochs'")),
+        ({"methods": ["full"], "tasks": ["rte"], "common": {"lr": 1}}, ("'lr'", "tuned")),
+        ({"methods": ["full"], "tasks": ["rte"], "test_max": 0}, ("test_max",)),
+        ({"methods": [], "tasks": ["rte"]}, ("methods",)),
+    ],
+)
+def test_a_bad_experiment_is_refused(
+    tmp_path: Path, bert: Path, values: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    experiment = written(tmp_path, bert, **values)
+    assert_refused(run(experiment), *words, within=tmp_path, left=["grid.yaml"])
+
+
+def test_a_part_of_the_grid(tmp_path: Path, bert: Path) -> None:
+    experiment = written(tmp_path, bert, methods=["base", "full"], tasks=["RTE", "cola"], seeds=[0, 3])
+    ran = run(experiment, "--slots", 0, "--methods", "base", "--tasks", "rte", "--seeds", "3")
+    assert ran.code == 0, ran.err
+    assert [path.stem for path in (tmp_path / "out" / "runs").iterdir()] == ["rte--base--seed3--lr1"]
+    assert_refused(run(experiment, "--tasks", "sst2"), "'sst2'", "rte, cola")
+    assert_refused(run(experiment, "--seeds", "0,x"), "'x'", "0, 3")
+
+
+def test_no_experiment_and_no_such_runner(tmp_path: Path) -> None:
+    assert_refused(rankrace("bench", "run", tmp_path / "none.yaml"), "none.yaml")
+    assert_refused(rankrace("bench", "run", tmp_path / "none.yaml", "--runner", "rya"), "'ray'")
+
+
+def test_two_runners_on_one_folder(tmp_path: Path, bert: Path) -> None:
+    experiment = written(tmp_path, bert, methods=["full"], tasks=["rte"])
+    (tmp_path / "out").mkdir()
+    handle = os.open(tmp_path / "out" / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert_refused(run(experiment), "another runner")
+    os.close(handle)
+
+
+def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path, bert: Path) -> None:
+    """An encoder cannot answer SQuAD; a learning rate of 1e30 diverges; neither stops the others."""
+    experiment = written(tmp_path, bert, methods=["full", "lora-r8"], tasks=["squad2", "rte"],
+                         tuning={"scales": [1.0e+30, 1]})  # fmt: skip
+    ran = run(experiment, "--slots", 0)
+    assert ran.code == 0, ran.err
+    assert "encoder" in record(tmp_path, "squad2--full--seed0--lr1")["error"]
+    diverged = record(tmp_path, "rte--full--seed0--lr1e+30--tuning")
+    assert diverged["status"] == "failed"
+    assert "diverged" in diverged["error"]
+    assert record(tmp_path, "rte--full--seed0--lr1")["status"] == "done"
+    assert "0 runs now" in run(experiment, "--slots", 0).out
+    assert "Failed: squad2--full" in rankrace("bench", "table", tmp_path / "out").out
+
+
+def test_out_of_memory_is_recorded(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from rankrace.train.loop import Trainer
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer, "take_step", full)
+    ran = run(written(tmp_path, bert, methods=["full", "base"], tasks=["rte"]), "--slots", 0)
+    assert "2 runs now, 1 of them failed" in ran.out
+    assert "out of memory" in record(tmp_path, "rte--full--seed0--lr1")["error"]
+
+
+def test_a_metric_that_is_no_number_is_a_failure(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankrace.tasks.task import Task
+
+    monkeypatch.setattr(Task, "score", lambda *_: {"accuracy": math.nan})
+    ran = run(written(tmp_path, bert, methods=["base"], tasks=["rte"]), "--slots", 0)
+    assert "1 of them failed" in ran.out
+    assert "accuracy is not a number" in record(tmp_path, "rte--base--seed0--lr1")["error"]
+
+
+def test_a_table_of_nothing(tmp_path: Path) -> None:
+    assert_refused(rankrace("bench", "table", tmp_path), "no finished run")
+
+
+# --- the table's figures
+
+
+def made(
+    method: str, seed: int, rows: list[float], documents: list[int] | None = None, **more: Any
+) -> dict[str, Any]:
+    return {
+        "key": f"{method}{seed}", "experiment": "grid", "method": method, "task": "rte", "seed": seed, "scale": 1.0,
+        "tuning": False, "status": "done", "error": None, "metrics": {"accuracy": 100 * sum(rows) / len(rows)},
+        "rows": rows, "documents": documents, "parameters": 10, "rank": None, "peak_bytes": 2**30,
+        "time": {"train_s": 2.0, "search_s": 0.5}, "baselines": {"empty": {"accuracy": 0.0}}, "slots": 1,
+        "hardware": {"device": "cpu"}, "versions": {"torch": "2"}, "commit": "c", "dirty": False,
+        "settings": {"model": "m", "test_max": None}, **more,
+    }  # fmt: skip
+
+
+def table_of(runs: list[Record]) -> Table:
+    return build({r["key"]: r for r in runs})
+
+
+RIGHT = [1.0] * 90 + [0.0] * 10
+
+
+def test_intervals_best_and_paired_ties() -> None:
+    """100 rows: B misses one row that A has (a tie: se 1), C misses 20 of them. All seeds alike."""
+    runs = [made("full", s, RIGHT) for s in (0, 1, 2)]
+    runs += [made("lora-r8", s, [0.0, *RIGHT[1:]]) for s in (0, 1, 2)]
+    runs += [made("shrink", s, [0.0] * 20 + RIGHT[20:]) for s in (0, 1, 2)]
+    cells = {row.method: row.cells["rte"] for row in table_of(runs).rows}
+    assert cells["full"].best
+    assert (cells["lora-r8"].behind.mean, cells["lora-r8"].tie) == (pytest.approx(1.0), True)
+    assert cells["lora-r8"].behind.se == pytest.approx(1.0)
+    assert (cells["shrink"].behind.mean, cells["shrink"].tie) == (pytest.approx(20.0), False)
+
+
+def test_a_difference_counts_seeds_and_documents() -> None:
+    """By hand. Rows all alike, seeds 2, 4 and 9 points apart: se = s/√n of these, 3.606/√3. Four rows in two
+    documents, right and wrong as documents: d = 50, residuals ±1 of 2 clusters: √(2/1·(1 + 1))/4 = 0.5. No common
+    seed: nothing is known.
+    """
+    flat = [made("full", s, [0.5 + gap / 100] * 50) for s, gap in enumerate((2, 4, 9))]
+    found = difference(flat, [made("lora-r8", s, [0.5] * 50) for s in range(3)])
+    assert found.mean == pytest.approx(5.0)
+    assert found.se == pytest.approx(math.sqrt(13) / math.sqrt(3))
+    assert not found.tie
+    one, none = [made("full", 0, [1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1])], [made("lora-r8", 0, [0.0] * 4, [0, 0, 1, 1])]
+    assert difference(one, none).mean == pytest.approx(50.0)
+    assert difference(one, none).se == pytest.approx(50.0)
+    assert difference(none, one).tie
+    stranger = difference(flat, [made("lora-r8", 7, [0.5] * 50)])
+    assert stranger.mean == pytest.approx(5.0)
+    assert math.isnan(stranger.se)
+    assert not stranger.tie
+
+
+def test_the_papers_claims_are_held_against_the_runs() -> None:
+    """One row of 100 behind with se 1.7, half the parameters and 0.6 of the time of r=8: as claimed. Memory: not."""
+    runs = [made("lora-r16", 0, RIGHT, parameters=100), made("lora-r8", 0, RIGHT, time={"train_s": 5, "search_s": 0})]
+    rows = [0.0, 0.0, *RIGHT[2:-1], 1.0]
+    runs += [made("full", 0, RIGHT),
+             made("shrink", 0, rows, parameters=50, time={"train_s": 3.0, "search_s": 1.0})]  # fmt: skip
+    assert table_of(runs).claims == [
+        "shrink: at most one paired standard error behind lora-r16 on 1 of 1 tasks; parameters 0.50 of lora-r16 "
+        "(as claimed); time 0.60 of lora-r8 (as claimed); time 1.50 of full (claimed: 0.4); memory 1.00 of full "
+        "(claimed: 0.65)."
+    ]
+    runs[-1] = made("shrink", 0, [0.0] * 20 + RIGHT[20:])
+    assert "lora-r16 on 0 of 1 tasks (behind: rte -20.0 ± 4.0)" in table_of(runs).claims[0]
+
+
+def test_times_are_of_runs_that_had_the_machine_to_themselves() -> None:
+    runs = [made("full", 0, RIGHT), made("full", 1, RIGHT, slots=4, time={"train_s": 50.0, "search_s": 0.0})]
+    table = table_of(runs)
+    assert table.rows[0].train_s == 2.0
+    assert any("shared the machine" in note for note in table.notes)
+
+
+def test_costs_are_of_tasks_that_all_methods_have_run_on() -> None:
+    other = {"task": "sst2", "key": "other", "time": {"train_s": 100.0, "search_s": 0.0}, "parameters": 1000}
+    table = table_of([made("full", 0, RIGHT), made("full", 0, RIGHT, **other), made("lora-r8", 0, RIGHT)])
+    assert table.common == ("rte",)
+    assert {row.method: (row.train_s, row.parameters) for row in table.rows} == {
+        "full": (2.0, 10),
+        "lora-r8": (2.0, 10),
+    }
+
+
+def test_runs_on_different_test_rows_make_no_table() -> None:
+    with pytest.raises(RankraceError, match="different test rows"):
+        table_of([made("full", 0, RIGHT), made("lora-r8", 0, RIGHT[1:])])
+
+
+def test_the_interval_is_students() -> None:
+    """By a printed table: t(2) = 4.303; s = 1, n = 3."""
+    assert t_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(t_half_width([1.0]))

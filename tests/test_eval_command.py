@@ -1,0 +1,101 @@
+"""`rankrace eval` on an adapter that `rankrace train` wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from commandline import assert_refused, rankrace
+from rankrace.data.files import Rows, read_file
+from tinyfolder import PARITIES, SHORT, SUMS, tiny_bert, tiny_llama, write_rows
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    folder = tmp_path_factory.mktemp("sums")
+    rows = write_rows(folder / "rows.jsonl", SUMS)
+    ran = rankrace("train", "--model", tiny_llama(folder / "model", smollm2), "--data", rows, "--out", folder / "run",
+                   *SHORT)  # fmt: skip
+    assert ran.code == 0, ran.err
+    return folder / "run" / "adapter"
+
+
+def test_a_task_by_likelihood_and_generated(sums: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKRACE_DATA", str(data_root))
+    chosen = rankrace("eval", sums, "--task", "SST-2", "--limit", 12, "--device", "cpu")
+    assert chosen.code == 0, chosen.err
+    assert "accuracy" in chosen.out
+    assert chosen.out.split()[-1] == "12"
+    accuracy = float(chosen.out.split()[1])
+    assert accuracy > 0
+    written = rankrace("eval", sums, "--task", "sst2", "--limit", 12, "--generated", "--device", "cpu")
+    assert float(written.out.split()[1]) < accuracy, "it has never seen the words of this task"
+
+
+def test_a_classifier_finds_its_labels(tmp_path: Path, minilm: Path, data_root: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("RANKRACE_DATA", str(data_root))
+    rows = [{**row, "label": {"odd": "yes", "even": "no"}[row["label"]]} for row in PARITIES]
+    out = tmp_path / "run"
+    ran = rankrace("train", "--model", tiny_bert(tmp_path / "model", minilm), "--data",
+                   write_rows(tmp_path / "rows.jsonl", rows), "--out", out, *SHORT)  # fmt: skip
+    assert ran.code == 0, ran.err
+    ran = rankrace("eval", out / "adapter", "--task", "mrpc", "--limit", 20, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    expected = accuracy_by_peft(out / "adapter", read_file(data_root / "glue" / "MRPC" / "dev.tsv")[:20])
+    assert float(ran.out.split("accuracy")[1].split()[0]) == pytest.approx(expected)
+
+
+@torch.no_grad()
+def accuracy_by_peft(adapter: Path, pairs: Rows) -> float:
+    """Of the official MRPC rows, one at a time, by PEFT's and Transformers' own ways."""
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    assert base is not None
+    # The labels were sorted when it was trained: no, yes.
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    model = PeftModel.from_pretrained(plain, str(adapter)).eval()
+    texts = [(row["#1 String"], row["#2 String"]) for row in pairs]
+    found = [model(**tokenizer(*both, return_tensors="pt")).logits[0].argmax().item() for both in texts]
+    return 100 * sum(str(f) == row["Quality"] for f, row in zip(found, pairs, strict=True)) / len(pairs)
+
+
+def test_lm_eval_on_a_local_task_file(sums: Path, tmp_path: Path) -> None:
+    """Sums as a multiple-choice task of the harness's own kind; the accuracy is a share of the rows."""
+    rows = [{"question": r["prompt"], "choices": [r["completion"].strip(), "x"], "answer": 0} for r in SUMS[:8]]
+    write_rows(tmp_path / "sums.jsonl", rows)
+    task = {
+        "task": "tiny_sums", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "sums.jsonl")}},
+        "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    file = tmp_path / "tiny_sums.yaml"
+    file.write_text(yaml.safe_dump(task))
+    ran = rankrace("eval", sums, "--task", file, "--evaluator", "lm-eval", "--device", "cpu")
+    assert ran.code == 0, ran.err
+    found = dict(line.split() for line in ran.out.strip().splitlines())
+    assert round(float(found["acc"]) * 8) in range(9)
+    assert_refused(rankrace("eval", sums, "--task", "no_such_task", "--evaluator", "lm-eval"), "no_such_task")
+
+
+def test_bad_input(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_refused(rankrace("eval", sums, "--task", "squad"), "'squad2'")
+    assert_refused(rankrace("eval", tmp_path, "--task", "rte"), "not an adapter")
+    assert_refused(rankrace("eval", sums, "--task", "rte", "--part", "train"), "validation")
+    assert_refused(rankrace("eval", sums, "--task", "rte", "--evaluator", "lm"), "lm-eval")
+    assert_refused(rankrace("eval", sums, "--task", "rte", "--limit", 0), "limit")
+    empty = tmp_path / "gsm8k"
+    empty.mkdir()
+    row = json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"
+    (empty / "train.jsonl").write_text(row)
+    (empty / "test.jsonl").write_text("")
+    monkeypatch.setenv("RANKRACE_DATA", str(tmp_path))
+    assert_refused(rankrace("eval", sums, "--task", "gsm8k"), "no rows")
+    (empty / "test.jsonl").write_text(row)
+    ran = rankrace("eval", sums, "--task", "gsm8k", "--part", "validation", "--device", "cpu")
+    assert_refused(ran, "no prediction to score")

@@ -1,0 +1,144 @@
+"""Predictions against a reader's own: one prompt at a time by the model's plain forward.
+
+Legend: L tokens of a prompt.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from examples import examples
+from models import CAUSAL, CLASSIFYING, VOCABULARY, tiny
+from rankrace.bank import Bank
+from rankrace.config import RunConfig
+from rankrace.data.encode import Encoder
+from rankrace.data.encoded import Encoded
+from rankrace.errors import RankraceError
+from rankrace.evaluate.generate import answer, batches, generate, remembering
+from rankrace.evaluate.predict import classified, predict, row_scores, training_rows
+from rankrace.methods.parameters import Parameters
+from rankrace.session import recipe_of
+from rankrace.tasks import find_task
+from rankrace.train.loop import Trainer
+from rankrace.train.model import PackedModel, load_model, load_tokenizer
+
+EOS = 2
+"""Of the tiny models."""
+ROWS = [
+    {"prompt": f"The capital of {country} is", "completion": f" {city}", "answers": [city],
+     "options": [" Paris", " Rome", " Oslo"]}
+    for country, city in (("France", "Paris"), ("Italy", "Rome"), ("the kingdom of Norway", "Oslo"))
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trainer(smollm2: Path) -> Trainer[Bank]:
+    """SmolLM2 under a bank whose single adapter does something."""
+    model = load_model(str(smollm2), "causal", None, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+    bank = Bank(model, target_modules=["q_proj", "down_proj"])
+    trainer = Trainer(PackedModel(model, bank, "causal"), [], recipe_of(RunConfig(model="m", data="d"), 4096))
+    bank.start((4,), (2.0,))
+    generator = torch.Generator().manual_seed(0)
+    for _, B_KDR in bank.candidates.factors.values():
+        B_KDR[:, :, :4] = 0.2 * torch.randn(B_KDR[:, :, :4].shape, generator=generator)
+    trainer.start(bank.candidates, [0.0])
+    return trainer
+
+
+@torch.no_grad()
+def by_hand(trainer: Trainer[Bank], ids: list[int], eos: int, most: int) -> list[int]:
+    """Greedy decoding of one prompt on packed rows, the whole text again for each token."""
+    out: list[int] = []
+    while len(out) < most:
+        example = torch.tensor(ids + out)
+        supervised = torch.ones(len(example), dtype=torch.bool).numpy()
+        e = Encoded(input_ids=example.int().numpy(), supervised=supervised, label=-1, group=0, row=0)
+        trainer.bank.refresh()
+        h_KLD = trainer.model.hidden(trainer.model.pack([e], [0]), 1)
+        token = int(trainer.model.token_logits(h_KLD[0, -1:]).argmax())
+        if token == eos:
+            break
+        out.append(token)
+    return out
+
+
+def test_generation_with_the_adapter_on_is_greedy_decoding(trainer: Trainer[Bank], smollm2: Path) -> None:
+    """Prompts of unequal lengths in one batch, packed rows of one or more of them: nothing changes."""
+    tokenizer = load_tokenizer(str(smollm2))
+    prompts = [torch.tensor(tokenizer(row["prompt"])["input_ids"]).numpy() for row in ROWS]
+    assert len({len(p) for p in prompts}) > 1
+    expected = [tokenizer.decode(by_hand(trainer, p.tolist(), tokenizer.eos_token_id, 6)) for p in prompts]
+    for micro_tokens in (4096, 10):
+        assert generate(trainer.model, tokenizer, prompts, 6, micro_tokens) == expected
+    with trainer.bank.off():
+        assert generate(trainer.model, tokenizer, prompts, 6, 4096) != expected
+    assert trainer.model.model.config._attn_implementation == "rankrace_packed"
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_generation_is_transformers_own(family: str) -> None:
+    """Every family (grouped heads, sliding windows, learnt positions) against `generate` on one prompt at a time."""
+    model = tiny(family).eval()
+    prompts = [torch.randint(5, VOCABULARY, (length,)).numpy() for length in (3, 17, 1, 9)]
+    greedy = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=EOS)
+    model.generation_config = GenerationConfig()
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor(prompt)[None]
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+        expected.append([*out[0, len(prompt) :].tolist(), EOS])
+    packed = PackedModel(model, Parameters(model, {}), "causal")
+    with remembering(model), torch.no_grad():
+        found = [[*row, EOS] for row in answer(prompts, packed, EOS, 12, 16).tolist()]
+    assert [row[: row.index(EOS)] for row in found] == [row[: row.index(EOS)] for row in expected]
+    assert len({tuple(row) for row in expected}) > 1
+
+
+def test_options_are_chosen_by_likelihood(trainer: Trainer[Bank], smollm2: Path) -> None:
+    """The base model by Transformers alone: log-likelihood of option and EOS after each prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    encoder = Encoder(tokenizer, task="causal", max_length=64)
+    with trainer.bank.off():
+        predictions = predict(trainer, encoder, tokenizer, find_task("medqa"), ROWS)
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    expected = []
+    for row in ROWS:
+        scores = []
+        for option in row["options"]:
+            prompt, answer = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (row["prompt"], option))
+            answer = [*answer, tokenizer.eos_token_id]
+            with torch.no_grad():
+                logs = plain(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            scores.append(sum(logs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)))
+        expected.append(row["options"][scores.index(max(scores))].strip())
+    assert predictions == expected
+    assert row_scores(find_task("medqa"), predictions, ROWS) == [float(p == r["answers"][0]) for p, r in
+                                                                 zip(predictions, ROWS, strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CLASSIFYING)
+def test_the_likeliest_of_three_classes(family: str) -> None:
+    """Against the argmax of the model's own logits, an example at a time."""
+    model = tiny(family).eval()
+    model.config.pad_token_id = 0
+    encoded = examples(24, classes=3)
+    with torch.no_grad():
+        expected = [int(model(input_ids=torch.tensor(e.input_ids)[None].long()).logits[0].argmax()) for e in encoded]
+    assert set(expected) == {0, 1, 2}
+    trainer = Trainer(PackedModel(model, Parameters(model, {}), "classification"), [],
+                      recipe_of(RunConfig(model="m", data="d"), 64))  # fmt: skip
+    assert classified(trainer, encoded, 3) == expected
+
+
+def test_batches_cover_all_prompts_within_the_budget() -> None:
+    lengths = [5, 90, 30, 31, 7, 200]
+    found = list(batches(lengths, 10, 100))
+    assert sorted(i for batch in found for i in batch) == list(range(6))
+    assert all(len(b) == 1 or len(b) * (max(lengths[i] for i in b) + 10) <= 100 for b in found)
+
+
+def test_an_encoder_cannot_write_text() -> None:
+    with pytest.raises(RankraceError, match="encoder"):
+        training_rows(find_task("squad2"), [], classification=True)
