@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from rankrace.bank import Bank, Candidates
+from rankrace.bank import Bank, Candidates, carried
 from rankrace.config import RunConfig
 from rankrace.data import Data, encode_splits, make_encoder, split_rows
 from rankrace.data.sources import SourceRows
@@ -142,9 +142,9 @@ class Study:
             sweep, healed = self.rates(), []
         else:
             sweep, snapshots = self.sweep(look=self.scale == 1)
-            healed = [self.heal(snapshot, CUT_RANKS, carried=False) for snapshot in snapshots]
+            healed = [self.heal(snapshot, CUT_RANKS, carry=False) for snapshot in snapshots]
             if snapshots:
-                healed.append(self.heal(snapshots[-1], CARRIED, carried=True))
+                healed.append(self.heal(snapshots[-1], CARRIED, carry=True))
         fresh_tokens = [int(n) for n in trainer.measure(self.fresh).tokens_N]
         return {
             "task": self.name,
@@ -221,16 +221,16 @@ class Study:
             updates=optimizer.updates,
         )
 
-    def heal(self, snapshot: Snapshot, ranks: Sequence[int], *, carried: bool) -> dict[str, Any]:
+    def heal(self, snapshot: Snapshot, ranks: Sequence[int], *, carry: bool) -> dict[str, Any]:
         """Cuts the snapshot to each rank and trains all to the end, side by side."""
         trainer = self.trainer
         cuts = snapshot.candidates.truncations(0, ranks, multipliers(ranks))
         trainer.step = snapshot.step
         trainer.start(cuts, [self.lr] * len(ranks))
-        if carried:
-            self.carry(snapshot, cuts)
-            trainer.optimizer.updates = snapshot.updates
-            trainer.restarted_at = 0  # no new warm-up
+        if carry:
+            whole = snapshot.candidates.spectra(0)
+            mean, square = carried(snapshot.candidates, 0, whole, cuts, snapshot.mean, snapshot.square)
+            trainer.optimizer.resume(mean, square, updates=snapshot.updates)
         looks = []
         for share in LOOKS:
             until = max(1, round(share * trainer.total))
@@ -243,24 +243,10 @@ class Study:
         return {
             "cut_at": snapshot.step / trainer.total,
             "ranks": list(ranks),
-            "carried": carried,
+            "carried": carry,
             "looks": looks,
             "fresh": ended(trainer.measure(self.fresh)),
         }
-
-    def carry(self, snapshot: Snapshot, cuts: Candidates) -> None:
-        """Takes the moments along through A' = T_A A, B' = B T_B: gradients turn with the other factor's map."""
-        old, s = snapshot.candidates, snapshot.candidates.multipliers[0]
-        mean, square = self.trainer.optimizer.mean.views, self.trainer.optimizer.square.views
-        for name, (A_KRD, B_KDR) in cuts.factors.items():
-            A, B = (t[0].double() for t in old.factors[name])
-            for k, (r, new_s) in enumerate(zip(cuts.ranks, cuts.multipliers, strict=True)):
-                T_A = torch.linalg.lstsq(A.T, A_KRD[k, :r].T.double()).solution.T  # [r, R]
-                T_B = torch.linalg.lstsq(B, B_KDR[k, :, :r].double()).solution  # [R, r]
-                for moments, source, power in ((mean, snapshot.mean, 1), (square, snapshot.square, 2)):
-                    to_A, to_B = ((new_s / s * T).abs() ** 2 if power == 2 else new_s / s * T for T in (T_B.T, T_A.T))
-                    moments[f"{name}.A"][k, :r] = (to_A @ source[f"{name}.A"].double()).to(A_KRD.dtype)
-                    moments[f"{name}.B"][k, :, :r] = (source[f"{name}.B"].double() @ to_B).to(A_KRD.dtype)
 
 
 def main() -> None:

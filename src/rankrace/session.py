@@ -62,7 +62,6 @@ class Session:
         return {
             "data": self.data.sha256,
             "step": t.step,
-            "restarted_at": t.restarted_at,
             "tokens": t.tokens,
             "seconds": t.seconds,
             "lr": t.lr_K,
@@ -94,7 +93,7 @@ class Session:
         t.start(candidates, state["lr"])
         prefix = "optimizer."
         t.optimizer.load_state({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
-        t.step, t.restarted_at = state["step"], state["restarted_at"]
+        t.step = state["step"]
         t.tokens, t.seconds = state["tokens"], state["seconds"]
         self.search.state = _state.validate_python(state["search"])
 

@@ -120,7 +120,8 @@ class Search:
                 self.trainer.keep(indices)
             case Cut(index=index, ranks=ranks):
                 self.retire(running, source=running[index])
-                self.trainer.start(self.cut(index, ranks), [self.setting(r).lr for r in ranks])
+                cuts = self.cut(index, ranks)
+                self.trainer.cut(index, cuts, self._spectra[1], [self.setting(r).lr for r in ranks])
                 self.state.entries += [Entry(rank=r, began=self.trainer.step) for r in ranks]
 
     def cut(self, index: int, ranks: Sequence[int]) -> Candidates:

@@ -7,7 +7,7 @@ Shapes: K candidates, S targets of a packed row, N examples of a set.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankrace.bank import Bank, Candidates
+from rankrace.bank import Bank, Candidates, Spectrum, carried
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, size_buckets, validation_batches
 from rankrace.train.model import PackedModel
@@ -83,9 +83,8 @@ class Trainer(Generic[B]):
         self.total = wanted if recipe.max_steps is None else min(wanted, recipe.max_steps)
         self.per_epoch = per_epoch
         warmup = round(recipe.warmup * self.total)
-        self.schedule = Schedule(total=self.total, warmup=warmup, kind=recipe.schedule, rewarm=warmup)
+        self.schedule = Schedule(total=self.total, warmup=warmup, kind=recipe.schedule)
         self.step = 0
-        self.restarted_at = 0
         self.lr_K: tuple[float, ...] = ()
         self.tokens = 0
         self.seconds = 0.0
@@ -97,7 +96,6 @@ class Trainer(Generic[B]):
     def begin(self, lr_K: Sequence[float]) -> None:
         """What the bank holds now, with fresh optimiser state."""
         self.lr_K = tuple(lr_K)
-        self.restarted_at = self.step
         self.optimizer: Optimizer = BankAdamW(
             self.bank.values, self.bank.gradients, weight_decay=self.recipe.weight_decay, clip=self.recipe.clip
         )
@@ -113,6 +111,22 @@ class Trainer(Generic[B]):
         self.lr_K = tuple(self.lr_K[i] for i in indices)
         assert isinstance(self.optimizer, BankAdamW)
         self.optimizer = self.optimizer.keep(self.bank.values, self.bank.gradients, indices)
+
+    def cut(
+        self: "Trainer[Bank]", index: int, cuts: Candidates, whole: Mapping[str, Spectrum], lr_K: Sequence[float]
+    ) -> None:
+        """Truncations of one candidate, in place of all; its moments go with them, and its count of updates.
+
+        Args:
+            cuts: `candidates.truncations(index, …)`.
+            whole: `candidates.spectra(index)`.
+        """
+        before = self.optimizer
+        assert isinstance(before, BankAdamW)
+        moments = carried(self.bank.candidates, index, whole, cuts, before.mean.views, before.square.views)
+        self.start(cuts, lr_K)
+        assert isinstance(self.optimizer, BankAdamW)
+        self.optimizer.resume(*moments, updates=before.updates)
 
     # --- training
 
@@ -136,7 +150,7 @@ class Trainer(Generic[B]):
             for active in self.groups(row, K):
                 with self.bank.training(self.step, micro):
                     loss_K[active] += self.passes.run(row, active, share)
-        factor = self.schedule.at(self.step, self.restarted_at)
+        factor = self.schedule.at(self.step)
         self.optimizer.step([lr * factor for lr in self.lr_K])
         self.step += 1
         self.tokens += sum(row.input_ids_T.shape[0] for row in rows)

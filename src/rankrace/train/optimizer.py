@@ -3,7 +3,7 @@
 Shapes: K candidates, P trainable values of one candidate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,13 @@ class Optimizer(Protocol):
     """What the loop wants of one."""
 
     def step(self, lr_K: Sequence[float]) -> Tensor: ...
+
+    def resume(self, mean: Mapping[str, Tensor], square: Mapping[str, Tensor], *, updates: int) -> None:
+        """Goes on from these moments, named as the values."""
+        self.updates = updates
+        for name in self.mean.views:
+            self.mean.views[name].copy_(mean[name])
+            self.square.views[name].copy_(square[name])
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -77,6 +84,13 @@ class BankAdamW:
         new.updates = self.updates
         new.mean, new.square = self.mean.kept(indices, values), self.square.kept(indices, values)
         return new
+
+    def resume(self, mean: Mapping[str, Tensor], square: Mapping[str, Tensor], *, updates: int) -> None:
+        """Goes on from these moments, named as the values."""
+        self.updates = updates
+        for name in self.mean.views:
+            self.mean.views[name].copy_(mean[name])
+            self.square.views[name].copy_(square[name])
 
     def state(self) -> dict[str, Tensor]:
         """Everything but values and gradients, by name."""
