@@ -150,7 +150,7 @@ JOB = Job(method="adalora-r8", task="sst2", seed=0, scale=1.0, tuning=False)
 
 
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama: Path) -> None:
-    """A process of its own, stopped by a signal in mid-run; the second one ends where one undisturbed does."""
+    """A process of its own, killed in mid-run; this one then ends where one undisturbed does."""
     common = {"max_steps": 30, "epochs": 30}
     experiment = written(tmp_path, llama, methods=["adalora-r8"], tasks=["sst2"], common=common)
     code = (
@@ -158,8 +158,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
         "from rankrace.bench.job import perform;"
         f"perform(read_experiment(Path({str(experiment)!r})), {JOB!r}, Path({str(tmp_path / 'out')!r}), 'cpu', 0.0)"
     )
-    worker = [sys.executable, "-c", code]
-    process = subprocess.Popen(worker)
+    process = subprocess.Popen([sys.executable, "-c", code])
     checkpoints = tmp_path / "out" / "work" / "sst2--adalora-r8--seed0--lr1"
     wait_for(lambda: len(list(checkpoints.glob("step-*"))) > 1)
     process.send_signal(signal.SIGKILL)
@@ -168,9 +167,10 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     assert 0 < reached < 30
     key = "sst2--adalora-r8--seed0--lr1"
     assert not (tmp_path / "out" / "runs" / f"{key}.json").exists()
-    subprocess.run(worker, check=True)
+    perform(read_experiment(experiment), JOB, tmp_path / "out", "cpu")
     resumed = record(tmp_path, key)
     assert resumed["steps"] == 30
+    assert resumed["resumed_at"] >= reached
     (tmp_path / "whole").mkdir()
     perform(read_experiment(experiment), JOB, tmp_path / "whole" / "out", "cpu")
     assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
