@@ -9,10 +9,11 @@ For each task and seed, on the same batches and the same held-out examples:
 - from the largest one as it was after a tenth and a fifth of the training, cuts to each rank train on to the end
   (healed), with fresh moments of the optimiser or with those carried over.
 
-With --rates instead: what the learning rate does to that. Ranks 4, 16 and 64 from the start, and the cuts to 4 and
-16 after a fifth, each at several multiples of the default learning rate. With --lrs other than 1 only the first
-sweep, and only its end. A unit is one JSON file; units that are there already are skipped, so the study goes on over
-many sittings. Losses of each fresh example are kept: any two arms of one task and seed can be compared in pairs.
+With --rates instead: what the learning rate does to that. Ranks 4 and 64 from the start, each at several multiples
+of the default learning rate, measured at each look. With --lrs other than 1 only the first sweep, and only its end.
+
+A unit is one JSON file; units that are there already are skipped, so the study goes on over many sittings. Losses of
+each fresh example are kept: any two arms of one task and seed can be compared in pairs.
 
 Shapes: K candidates, N held-out examples.
 """
@@ -47,8 +48,8 @@ CUTS = (0.1, 0.2)
 CARRIED = (4, 16)
 """Ranks that are also healed with carried moments, from the last cut."""
 LOOKS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
-RATES = (0.5, 1.0, 2.0, 4.0)
-RATED, RATED_CUTS = (4, 16, 64), (4, 16)
+RATES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+RATED = (4, 64)
 ALPHA = 32.0
 
 
@@ -137,16 +138,13 @@ class Study:
         trainer = self.trainer
         with self.bank.off():
             base = trainer.measure(self.looked)
-        healed = []
         if rates:
-            sweep, snapshots = self.rates()
-            ranks, scales = zip(*[(r, x) for r in RATED_CUTS for x in RATES], strict=True)
-            healed = [self.heal(snapshots[-1], ranks, scales, carried=c) for c in (False, True)]
+            sweep, healed = self.rates(), []
         else:
             sweep, snapshots = self.sweep(look=self.scale == 1)
-        if not rates and self.scale == 1:
             healed = [self.heal(snapshot, CUT_RANKS, carried=False) for snapshot in snapshots]
-            healed.append(self.heal(snapshots[-1], CARRIED, carried=True))
+            if snapshots:
+                healed.append(self.heal(snapshots[-1], CARRIED, carried=True))
         fresh_tokens = [int(n) for n in trainer.measure(self.fresh).tokens_N]
         return {
             "task": self.name,
@@ -199,19 +197,19 @@ class Study:
                 snapshots.append(self.snapshot(widest))
         return {"looks": looks, "fresh": ended(trainer.measure(self.fresh))}, snapshots
 
-    def rates(self) -> tuple[dict[str, Any], list[Snapshot]]:
-        """A few ranks from the start at several learning rates; the snapshot is of the widest at the default one."""
+    def rates(self) -> dict[str, Any]:
+        """Two ranks from the start at several learning rates."""
         trainer = self.trainer
         arms = [(r, x) for r in RATED for x in RATES]
-        ranks, snapshots = [r for r, _ in arms], []
+        ranks, looks = [r for r, _ in arms], []
         self.bank.start(ranks, multipliers(ranks))
         trainer.start(self.bank.candidates, [self.lr * x for _, x in arms])
-        for _ in trainer.run(round(CUTS[-1] * trainer.total)):
-            pass
-        snapshots.append(self.snapshot(arms.index((RATED[-1], 1.0))))
-        for _ in trainer.run(trainer.total):
-            pass
-        return {"looks": [], "fresh": ended(trainer.measure(self.fresh))}, snapshots
+        for share in LOOKS:
+            for _ in trainer.run(max(1, round(share * trainer.total))):
+                pass
+            direct = described(trainer.measure(self.looked), self.cluster_N)
+            looks.append({"share": share, "step": trainer.step, "direct": direct})
+        return {"looks": looks, "fresh": ended(trainer.measure(self.fresh))}
 
     def snapshot(self, k: int) -> Snapshot:
         optimizer = self.trainer.optimizer
@@ -223,21 +221,18 @@ class Study:
             updates=optimizer.updates,
         )
 
-    def heal(
-        self, snapshot: Snapshot, ranks: Sequence[int], scales: Sequence[float] | None = None, *, carried: bool
-    ) -> dict[str, Any]:
+    def heal(self, snapshot: Snapshot, ranks: Sequence[int], *, carried: bool) -> dict[str, Any]:
         """Cuts the snapshot to each rank and trains all to the end, side by side."""
         trainer = self.trainer
-        scales = scales or [1.0] * len(ranks)
         cuts = snapshot.candidates.truncations(0, ranks, multipliers(ranks))
         trainer.step = snapshot.step
-        trainer.start(cuts, [self.lr * x for x in scales])
+        trainer.start(cuts, [self.lr] * len(ranks))
         if carried:
             self.carry(snapshot, cuts)
             trainer.optimizer.updates = snapshot.updates
             trainer.restarted_at = 0  # no new warm-up
         looks = []
-        for share in LOOKS if scales == [1.0] * len(ranks) else ():
+        for share in LOOKS:
             until = max(1, round(share * trainer.total))
             if until <= snapshot.step:
                 continue
@@ -245,12 +240,9 @@ class Study:
                 pass
             measured = trainer.measure(self.looked)
             looks.append({"share": share, "step": trainer.step, "direct": described(measured, self.cluster_N)})
-        for _ in trainer.run(trainer.total):
-            pass
         return {
             "cut_at": snapshot.step / trainer.total,
             "ranks": list(ranks),
-            "rates": list(scales),
             "carried": carried,
             "looks": looks,
             "fresh": ended(trainer.measure(self.fresh)),
