@@ -361,8 +361,9 @@ def test_intervals_best_and_paired_ties() -> None:
     runs = [made("full", s, RIGHT) for s in (0, 1, 2)]
     runs += [made("lora-r8", s, [0.0, *RIGHT[1:]]) for s in (0, 1, 2)]
     runs += [made("shrink", s, [0.0] * 20 + RIGHT[20:]) for s in (0, 1, 2)]
+    runs += [made("houlsby", s, RIGHT) for s in (0, 1, 2)]
     cells = {row.method: row.cells["rte"] for row in table_of(runs).rows}
-    assert cells["full"].best
+    assert [method for method, cell in cells.items() if cell.best] == ["full", "houlsby"]
     assert (cells["lora-r8"].behind.mean, cells["lora-r8"].tie) == (pytest.approx(1.0), True)
     assert cells["lora-r8"].behind.se == pytest.approx(1.0)
     assert (cells["shrink"].behind.mean, cells["shrink"].tie) == (pytest.approx(20.0), False)
