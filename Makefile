@@ -32,6 +32,7 @@ bench-smoke: $(INSTALLED)
 	@model=$$($(BIN)/python scripts/assets.py minilm) && \
 	$(QUIET) $(BIN)/rankrace bench run experiments/smoke.yaml --model "$$model" --out runs/smoke --slots 0 && \
 	$(BIN)/rankrace bench table runs/smoke
+	@! grep -l '"status": "failed"' runs/smoke/runs/*.json | grep -v qlora-r16  # it needs a GPU
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -3,9 +3,11 @@
 Legend: D model width, M bottleneck, R rank.
 """
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -140,16 +142,25 @@ def test_every_method_learns(kind: str, name: str, request: pytest.FixtureReques
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_a_resumed_method_ends_where_an_undisturbed_one_does(name: str, causal: tuple[RunConfig, Data]) -> None:
+@pytest.mark.parametrize("left", [3, 0])
+def test_a_resumed_method_ends_where_an_undisturbed_one_does(
+    left: int, name: str, causal: tuple[RunConfig, Data]
+) -> None:
+    """With none left: as the run for the table goes on from the end of its tuning."""
     config, data = causal
     whole, half, rest = (started(name, config, data) for _ in range(3))
     expected = [loss_K[-1].item() for loss_K in whole.run()]
-    steps = half.run()
-    seen = [next(steps)[-1].item() for _ in range(3)]
+    seen = [loss_K[-1].item() for loss_K in islice(half.run(), half.trainer.total - left if left else None)]
     tensors = {n: t.clone() for n, t in half.tensors().items()}
     rest.restore(tensors, half.state())
     seen += [loss_K[-1].item() for loss_K in rest.run()]
     assert seen == expected
+    held_out = data.validation.examples
+    np.testing.assert_array_equal(rest.trainer.measure(held_out).loss_KN, whole.trainer.measure(held_out).loss_KN)
+    assert (rest.described().parameters, rest.described().rank) == (
+        whole.described().parameters,
+        whole.described().rank,
+    )
 
 
 def test_houlsby_has_the_papers_number_of_parameters(causal: tuple[RunConfig, Data], minilm: Path) -> None:

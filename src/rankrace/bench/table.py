@@ -120,7 +120,7 @@ def build(records: dict[str, Record]) -> Table:
 
 
 def cells_of(task: str, runs: list[Record]) -> dict[str, Cell]:
-    """By method; the best has the highest mean metric over seeds.
+    """By method; the best ones have the highest mean metric over seeds.
 
     Raises:
         RankraceError: the runs have not the same test rows.
@@ -135,13 +135,14 @@ def cells_of(task: str, runs: list[Record]) -> dict[str, Cell]:
     by_method: dict[str, list[Record]] = {}
     for record in sorted(runs, key=lambda r: r["seed"]):
         by_method.setdefault(record["method"], []).append(record)
-    best = max(by_method, key=lambda method: np.mean([r["metrics"][metric] for r in by_method[method]]))
+    means = {method: float(np.mean([r["metrics"][metric] for r in found])) for method, found in by_method.items()}
+    best = max(means, key=lambda method: means[method])
     return {
         method: Cell(
             values=tuple(r["metrics"][metric] for r in found),
             seeds=tuple(r["seed"] for r in found),
             behind=difference(by_method[best], found),
-            best=method == best,
+            best=means[method] == means[best],
         )
         for method, found in by_method.items()
     }

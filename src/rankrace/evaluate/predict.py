@@ -75,7 +75,7 @@ def classified(trainer: Trainer[Any], encoded: Sequence[Encoded], classes: int) 
     """Each example's likeliest class: what is neither the first nor the second … is the last."""
     found_N, left = np.full(len(encoded), classes - 1), np.arange(len(encoded))
     for c in range(classes - 1):
-        is_c = trainer.measure([replace(encoded[i], label=c) for i in left]).correct_KN[0]
+        is_c = trainer.measure([replace(encoded[i], label=c) for i in left.tolist()]).correct_KN[0]
         found_N[left[is_c]] = c
         left = left[~is_c]
     return found_N.tolist()

@@ -116,9 +116,9 @@ class Allocating:
         self.own.load_state(state)
         self.steps = int(state["steps"])
         allocator, device = self.tuner.rankallocator, self.trained.device
-        for name in allocator.exp_avg_ipt:
-            allocator.exp_avg_ipt[name] = state[f"importance.{name}"].to(device)
-            allocator.exp_avg_unc[name] = state[f"uncertainty.{name}"].to(device)
+        for kind, averages in (("importance.", allocator.exp_avg_ipt), ("uncertainty.", allocator.exp_avg_unc)):
+            averages.clear()  # PEFT has forgotten them once the budget is met
+            averages |= {n[len(kind) :]: t.to(device) for n, t in state.items() if n.startswith(kind)}
         # The last mask, which PEFT applies again and again near the end.
         self.tuner.peft_config["default"].rank_pattern = {
             n: (p != 0).view(-1).tolist() for n, p in self.adapters().items() if ".lora_E" in n

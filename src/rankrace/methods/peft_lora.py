@@ -22,8 +22,9 @@ from rankrace.methods.method import PlainLoad, Running
 from rankrace.methods.parameters import Parameters
 from rankrace.select.learning_rate import default_lr
 
-EVA_EXAMPLES, EVA_BATCH = 256, 64
-"""EVA reads its initial factors off the inputs of the adapted layers on so many training examples."""
+EVA_EXAMPLES, EVA_INPUTS = 64, 2048
+"""EVA reads its initial factors off the inputs of the adapted layers: so many training examples, of their tokens at
+most so many. One batch: with several, PEFT goes round and round for minutes until no component moves any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,23 +91,22 @@ def initialise_by_data(
 ) -> None:
     """EVA (Paischer et al. 2024): the first training examples' inputs to each layer give its A and its rank."""
     chosen = examples[:EVA_EXAMPLES]
-    if task == "classification" and len(chosen) < EVA_BATCH:
+    if task == "classification" and len(chosen) < EVA_EXAMPLES:
         raise RankraceError(
-            f"EVA needs {EVA_BATCH} training examples, and there are {len(chosen)}",
+            f"EVA needs {EVA_EXAMPLES} training examples, and there are {len(chosen)}",
             why="a pooler sees one vector an example, and PEFT would go through them for ever",
             fix="give more rows, or leave the method out",
         )
-    batches = [padded(chosen[i : i + EVA_BATCH]) for i in range(0, len(chosen), EVA_BATCH)]
-    batches = [batch for batch in batches if len(batch["input_ids"]) == EVA_BATCH] or batches
 
     def layer_inputs(inputs: Any, places: Tensor, name: str) -> Tensor:
         """The rows of real tokens; a pooler's input has none but such."""
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
-        return x.contiguous() if x.dim() == 2 else x[places.T.unbind()]
+        rows = x if x.dim() == 2 else x[places.T.unbind()]
+        return rows[:: -(-len(rows) // EVA_INPUTS)].contiguous()
 
     initialize_lora_eva_weights(
         peft_model,
-        batches,
+        [padded(chosen)],
         forward_fn=lambda _, batch: model.base_model(**batch),  # the head has no adapter
         prepare_layer_inputs_fn=layer_inputs,
         show_progress_bar=False,
