@@ -2,8 +2,8 @@
 
 import torch
 
-from rankrace.bank import Bank, carried
 from models import tiny
+from rankrace.bank import Bank, carried
 
 
 def test_the_mean_turns_with_the_gradient() -> None:

@@ -17,13 +17,6 @@ class Optimizer(Protocol):
 
     def step(self, lr_K: Sequence[float]) -> Tensor: ...
 
-    def resume(self, mean: Mapping[str, Tensor], square: Mapping[str, Tensor], *, updates: int) -> None:
-        """Goes on from these moments, named as the values."""
-        self.updates = updates
-        for name in self.mean.views:
-            self.mean.views[name].copy_(mean[name])
-            self.square.views[name].copy_(square[name])
-
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
