@@ -101,6 +101,7 @@ def test_what_is_chosen(
     assert choice.learning_rate > 0
     assert all(point.source == "truncated" and point.se >= 0 for point in choice.curve)
     assert isinstance(choice.confident, bool)
+    assert bool(choice.doubts) == (not choice.confident)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -224,7 +225,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"ranks": ()}, ["--ranks ()"]),
     ({"ranks": (2, SMALLEST_LAYER + 1)}, [f"rank {SMALLEST_LAYER + 1} is outside 1 … {SMALLEST_LAYER}"]),
     *(({name: value}, [f"no use for the option '{name}'"]) for name, value in {
-        "data": "rows.jsonl", "out": "out", "resume": True, "save_every": 3, "device": "cpu", "dtype": "float64",
+        "data": "rows.jsonl", "out": "out", "resume": True, "save_every": 3, "track": "wandb",
+        "device": "cpu", "dtype": "float64",
     }.items()),
 ]  # fmt: skip
 
