@@ -188,6 +188,34 @@ def test_another_seed_gives_another_result(causal: Trained, tmp_path: Path) -> N
     assert Result.read(tmp_path / "out" / "result.json").loss.final != causal.result.loss.final
 
 
+def test_the_winner_of_a_grid_is_what_it_would_have_been_alone(causal: Trained, tmp_path: Path) -> None:
+    """The same factors in float64: being chosen among others changed nothing in its training."""
+    options = ["--model", causal.model, "--data", causal.data, "--strategy", "grid", "--no-refine", "--max-steps", 8]
+    options += ["--batch-size", 8, "--lr", "1e-2", "--dropout", "0.1", "--dtype", "float64"]
+    ran = rankrace("train", *options, "--ranks", "2,4,8", "--out", tmp_path / "race")
+    assert ran.code == 0, ran.err
+    result = Result.read(tmp_path / "race" / "result.json")
+    assert sorted((c.rank, c.status == "winner") for c in result.candidates) == [
+        (rank, rank == result.rank) for rank in (2, 4, 8)
+    ]
+    ran = rankrace("train", *options, "--ranks", result.rank, "--out", tmp_path / "alone")
+    assert ran.code == 0, ran.err
+    raced, alone = (loaded_tensors(tmp_path / name / "adapter") for name in ("race", "alone"))
+    assert raced.keys() == alone.keys()
+    for name, tensor in raced.items():
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-12)
+
+
+def test_an_edge_is_said_beside_the_rank(causal: Trained, tmp_path: Path) -> None:
+    given = ["--model", causal.model, "--data", causal.data, *SHORT, "--strategy", "grid", "--no-refine"]
+    for command in ("train", "search"):
+        ran = rankrace(command, *given, "--ranks", 3, "--out", tmp_path / "out")
+        assert ran.code == 0, ran.err
+        assert "but         Edge of the search: 3 is the smallest rank there was to choose." in ran.out
+        assert "Not confident" not in ran.out, "the edge is why"
+
+
 def test_resuming_a_finished_run_says_so(causal: Trained) -> None:
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in causal.out.rglob("*") if path.is_file()}
     ran = rankrace("train", "--config", causal.out / "config.yaml", "--out", causal.out, "--resume")

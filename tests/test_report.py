@@ -208,6 +208,7 @@ WARNED = GOLDEN["decision"]
     [
         (result(decision=WARNED | {"edge": "high"}), "Edge of the search: 32 is the largest"),
         (result(decision=WARNED | {"edge": "low"}), "Edge of the search: 32 is the smallest"),
+        (result(decision=WARNED | {"edge": "high", "confident": False}), "Edge of the search: 32 is the largest"),
         (result(decision=WARNED | {"capped": True}), "Decided at the limit"),
         (result(decision=WARNED | {"confident": False}), "Not confident"),
         (result(loss={"base": 0.5, "final": 0.5, "final_se": None}), "No gain"),

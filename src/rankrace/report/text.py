@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rankrace.result import Candidate, Result
+from rankrace.result import Candidate, Decision, Result
 
 
 def count(number: float) -> str:
@@ -65,20 +65,31 @@ def r16_share(result: Result) -> str | None:
 
 def warnings(result: Result) -> list[str]:
     """What a reader must know before trusting the choice."""
-    decision, found = result.decision, []
+    found = []
     if result.loss.final >= result.loss.base:
         found.append(
             "No gain: the validation loss with the adapter is not below that of the base model. "
             "Check the data with rankrace preview and the learning rate."
         )
+    found += doubts(result.rank, result.decision)
+    lost = [candidate for candidate in result.candidates if candidate.status == "diverged"]
+    if lost:
+        verb = "was" if len(lost) == 1 else "were"
+        found.append(f"Diverged: {_named(lost)} {verb} removed when the loss or a gradient was no longer finite.")
+    return found
+
+
+def doubts(rank: int, decision: Decision) -> list[str]:
+    """The part of them that is about the choice alone."""
+    found = []
     if decision.edge == "high":
         found.append(
-            f"Edge of the search: {result.rank} is the largest rank there was to choose. A larger one may be "
+            f"Edge of the search: {rank} is the largest rank there was to choose. A larger one may be "
             "better; add larger candidates with --ranks."
         )
-    if decision.edge == "low" and result.rank > 1:
+    if decision.edge == "low" and rank > 1:
         found.append(
-            f"Edge of the search: {result.rank} is the smallest rank there was to choose. A smaller one "
+            f"Edge of the search: {rank} is the smallest rank there was to choose. A smaller one "
             "may do as well; add smaller candidates with --ranks."
         )
     if decision.capped:
@@ -86,15 +97,11 @@ def warnings(result: Result) -> list[str]:
             f"Decided at the limit: the choice had not settled by the last look, after "
             f"{percent(decision.fraction)} of training."
         )
-    if not decision.confident:
+    if not decision.confident and not found:  # either of the above is why
         found.append(
             "Not confident: the paired errors do not separate this rank from its neighbours. "
             "Another seed may choose another rank."
         )
-    lost = [candidate for candidate in result.candidates if candidate.status == "diverged"]
-    if lost:
-        verb = "was" if len(lost) == 1 else "were"
-        found.append(f"Diverged: {_named(lost)} {verb} removed when the loss or a gradient was no longer finite.")
     return found
 
 
