@@ -207,6 +207,15 @@ def test_the_winner_of_a_grid_is_what_it_would_have_been_alone(causal: Trained, 
         torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-12)
 
 
+def test_texts_longer_than_the_model_takes(classifying: Trained, tmp_path: Path) -> None:
+    """The default --max-length is above BERT's number of positions."""
+    rows = [*PARITIES, *({**row, "text": row["text"] + " and" * 600} for row in PARITIES[:4])]
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    ran = rankrace("train", "--model", classifying.model, "--data", data, "--out", tmp_path / "out", *SHORT)
+    assert ran.code == 0, ran.err
+    assert re.search(r"Cut \d of \d\d training examples to 512 tokens, the most that the model takes\.", ran.err)
+
+
 def test_an_edge_is_said_beside_the_rank(causal: Trained, tmp_path: Path) -> None:
     given = ["--model", causal.model, "--data", causal.data, *SHORT, "--strategy", "grid", "--no-refine"]
     for command in ("train", "search"):
