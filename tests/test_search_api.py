@@ -3,6 +3,7 @@
 The library is called as its users call it, `rankrace.search`; only tests that break into a run know more of it.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,6 +141,26 @@ def test_the_same_twice_and_with_options_heeded(task: Task, folders: dict[Task, 
     assert choose(lr=0.5).learning_rate == pytest.approx(0.5, rel=0.5)
 
 
+HEEDED: list[dict[str, Any]] = [
+    {"schedule": "constant"}, {"warmup": 0.5}, {"weight_decay": 0.5}, {"clip": 0.01}, {"dropout": 0.4}, {"alpha": 4},
+    {"scaling": "rslora"}, {"rank_lr": {8: 1e-2}}, {"batch_size": 4}, {"target_modules": ("q_proj",)},
+    {"template": "chat"}, {"max_length": 8}, {"train_max": 20}, {"validation_max": 3}, {"validation_fraction": 0.3},
+]  # fmt: skip
+
+
+def test_every_option_of_training_has_an_effect(folders: dict[Task, Path]) -> None:
+    """On what the candidates' losses are, to the last digit."""
+    model, tokenizer = loaded(folders["causal"], "causal")
+    rows = [*SUMS, *({"prompt": f"What, if I may ask, is {n} plus 1? It is", "completion": "!"} for n in range(9))]
+
+    def curve(**options: Any) -> list[float]:
+        choice = rankrace.search(model, tokenizer, rows, refine=False, **{**SHORT, **options})
+        return [point.loss for point in choice.curve]
+
+    plain = curve()
+    assert [name for changed in HEEDED for name in changed if curve(**changed) == plain] == []
+
+
 def test_the_configuration_is_that_of_the_options(folders: dict[Task, Path]) -> None:
     model, tokenizer = loaded(folders["causal"], "causal")
     options = {
@@ -164,10 +185,35 @@ def test_argmin_chooses_the_lowest_loss(folders: dict[Task, Path]) -> None:
         assert len({point.loss for point in choice.curve}) == len(choice.curve)
 
 
+def test_a_price_far_above_the_gain_chooses_the_smallest(folders: dict[Task, Path]) -> None:
+    model, tokenizer = loaded(folders["causal"], "causal")
+    choice = rankrace.search(model, tokenizer, SUMS, kappa=100.0, lr=1e-2, refine=False, **SHORT)
+    assert choice.rank == choice.curve[0].rank == 1
+    penalties = [point.penalty for point in choice.curve]
+    assert penalties == sorted(set(penalties))
+
+
 def test_given_validation_rows_choose(folders: dict[Task, Path]) -> None:
     model, tokenizer = loaded(folders["causal"], "causal")
     choice = rankrace.search(model, tokenizer, SUMS[:24], SUMS[24:30], **SHORT)
     assert "measured on 6 held-out examples" in choice.reason
+
+
+def test_errors_are_estimated_from_whole_documents(folders: dict[Task, Path]) -> None:
+    """Twelve rows are twelve examples; of one document they say nothing about the spread."""
+    model, tokenizer = loaded(folders["causal"], "causal")
+
+    def curve(document: str) -> dict[int, tuple[float, float]]:
+        rows = [{**row, "alone": str(n), "together": "one"} for n, row in enumerate(SUMS)]
+        choice = rankrace.search(
+            model, tokenizer, rows[:24], rows[24:], group_column=document, rule="argmin", refine=False, **SHORT
+        )
+        return {point.rank: (point.loss, point.se) for point in choice.curve}
+
+    alone, together = curve("alone"), curve("together")
+    assert {rank: loss for rank, (loss, _) in alone.items()} == {rank: loss for rank, (loss, _) in together.items()}
+    assert all(se > 0 for rank, (loss, se) in alone.items() if loss > min(alone.values())[0])
+    assert all(math.isnan(se) for loss, se in together.values() if loss > min(together.values())[0])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

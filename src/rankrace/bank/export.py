@@ -16,9 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from rankrace.bank.attach import Bank, matches
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values vLLM's --max-lora-rank accepts."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
@@ -93,11 +90,6 @@ def module_names(bank: Bank) -> Iterable[str]:
     inside = tuple(f"{name}." for name in (*bank.layers, *bank.heads))
     names = [name for name, _ in bank.model.named_modules() if name and not name.startswith(inside)]
     return [name for name in names if name not in bank.heads]
-
-
-def vllm_max_lora_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank of vLLM that admits this rank; None above all of them."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def tidy(value: float) -> int | float:
