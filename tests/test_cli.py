@@ -3,7 +3,10 @@
 import ast
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +201,11 @@ def test_the_winner_of_a_grid_is_what_it_would_have_been_alone(causal: Trained, 
     assert sorted((c.rank, c.status == "winner") for c in result.candidates) == [
         (rank, rank == result.rank) for rank in (2, 4, 8)
     ]
+    checkpoint = json.loads((tmp_path / "race" / "checkpoints" / "step-000008" / "state.json").read_text())
+    spent = checkpoint["session"]["search"]
+    assert min(spent["look_seconds"], spent["loser_seconds"]) > 0
+    assert result.time.search_s == pytest.approx(spent["look_seconds"] + spent["loser_seconds"])
+    assert result.time.total_s > result.time.search_s + result.time.evaluation_s
     ran = rankrace("train", *options, "--ranks", result.rank, "--out", tmp_path / "alone")
     assert ran.code == 0, ran.err
     raced, alone = (loaded_tensors(tmp_path / name / "adapter") for name in ("race", "alone"))
@@ -205,6 +213,19 @@ def test_the_winner_of_a_grid_is_what_it_would_have_been_alone(causal: Trained, 
     for name, tensor in raced.items():
         assert tensor.dtype == torch.float64
         torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-12)
+
+
+def test_a_terminal_without_the_signs(causal: Trained, tmp_path: Path) -> None:
+    """Latin-1 has ±, but neither → nor the brackets of the preview."""
+    for command, said in (("train", "loss        "), ("preview", "0 plus 0 is? 0<|im_end|>?")):
+        given = ["--model", causal.model, "--data", causal.data, *SHORT, "--out", tmp_path / "out"]
+        ran = subprocess.run(
+            [sys.executable, "-m", "rankrace.cli", command, *map(str, given)],
+            env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+            capture_output=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert said in ran.stdout.decode("latin-1")
 
 
 def test_texts_longer_than_the_model_takes(classifying: Trained, tmp_path: Path) -> None:

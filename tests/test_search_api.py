@@ -137,6 +137,7 @@ def test_the_same_twice_and_with_options_heeded(task: Task, folders: dict[Task, 
     assert choose(seed=1).curve != first.curve
     grid = choose(strategy="grid", refine=False)
     assert [(p.rank, p.source) for p in grid.curve] == [(2, "direct"), (4, "direct")]
+    assert "after 50% of the training" in choose(strategy="grid", search_fraction=0.5).reason
     assert choose(ranks=[3], refine=False).rank <= 3
     assert choose(lr=0.5).learning_rate == pytest.approx(0.5, rel=0.5)
 
@@ -175,6 +176,9 @@ def test_the_configuration_is_that_of_the_options(folders: dict[Task, Path]) -> 
     assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 12, 0.2)
     assert config.target_modules == {"q_proj", "v_proj"}
     assert eval(choice.code(), {"peft": peft}).to_dict() == config.to_dict()
+    options |= {"strategy": "grid", "max_steps": 2, "batch_size": 8, "scaling": "rslora"}
+    rooted = rankrace.search(model, tokenizer, SUMS, **options).lora_config()
+    assert rooted.lora_alpha == pytest.approx(12 * 3**0.5), "PEFT divides it by the rank, not by its root"
 
 
 def test_argmin_chooses_the_lowest_loss(folders: dict[Task, Path]) -> None:
@@ -210,6 +214,8 @@ def test_errors_are_estimated_from_whole_documents(folders: dict[Task, Path]) ->
         )
         return {point.rank: (point.loss, point.se) for point in choice.curve}
 
+    with pytest.raises(rankrace.RankraceError, match=r"in 1 group\(s\) cannot be split"):
+        rankrace.search(model, tokenizer, [{**row, "together": "one"} for row in SUMS], group_column="together")
     alone, together = curve("alone"), curve("together")
     assert {rank: loss for rank, (loss, _) in alone.items()} == {rank: loss for rank, (loss, _) in together.items()}
     assert all(se > 0 for rank, (loss, se) in alone.items() if loss > min(alone.values())[0])

@@ -4,6 +4,7 @@ What a command finds goes to stdout, so that it can be piped; everything else go
 """
 
 import inspect
+import io
 import sys
 import textwrap
 import types
@@ -58,6 +59,9 @@ def main() -> None:
     """Errors a user can mend end with code 2 and three lines; Ctrl-C with 130 and the command to go on."""
     from rankrace.interrupt import Interrupted
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where a terminal has no ± or →, no run shall end for it
+            stream.reconfigure(errors="replace")
     err = Console(stderr=True, highlight=False)
     on_one_line = not err.is_terminal
     try:
