@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.lengths import Lengths
-from rankrace.data.encoded import NO_LABEL, Encoded
+from rankrace.data import Data
+from rankrace.data.encoded import NO_LABEL, Encoded, EncodedSet
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -55,6 +56,18 @@ def made_up(lengths: Lengths, vocabulary: int, rows: int | None = None) -> list[
     ]
     rows = len(examples) if rows is None else rows
     return (examples * -(-rows // len(examples)))[:rows]
+
+
+def made_up_data(lengths: Lengths, vocabulary: int, *, train: int, validation: int) -> Data:
+    """So many rows on either side."""
+
+    def side(rows: int) -> EncodedSet:
+        examples = made_up(lengths, vocabulary, rows)
+        supervised = sum(int(e.supervised.sum()) for e in examples)
+        return EncodedSet(examples=examples, truncated=0, dropped=0, supervised_tokens=supervised)
+
+    return Data(train=side(train), validation=side(validation), labels=None, format="", how_split="", sha256="",
+                notes=[])  # fmt: skip
 
 
 def versions(device: torch.device) -> dict[str, str]:

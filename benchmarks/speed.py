@@ -48,6 +48,7 @@ from benchmarks.shapes import (
     empty,
     forget,
     made_up,
+    made_up_data,
     milliseconds,
     peak_bytes,
     random_model,
@@ -57,8 +58,7 @@ from benchmarks.shapes import (
 )
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
-from rankrace.data import Data
-from rankrace.data.encoded import Encoded, EncodedSet
+from rankrace.data.encoded import Encoded
 from rankrace.data.pack import epoch_batches
 from rankrace.methods.peft_lora import padded
 from rankrace.plan import LookPlan, resolved
@@ -104,9 +104,6 @@ class Bench:
             return random_model(self.given.shape, self.device, self.given.layers)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return load_model(self.given.model, "causal", None, device=self.device, dtype=dtype, seed=0)
-
-    def examples(self, lengths: str, rows: int | None = None) -> list[Encoded]:
-        return made_up(read_lengths(lengths), self.vocabulary, rows)
 
     def timed(self, step: Callable[[int], object], warm: Sequence[int] | None = None) -> Found:
         """Median milliseconds of the steps 0, 1, …, after others to warm up."""
@@ -161,13 +158,14 @@ class Ours:
             model=given.shape, data=lengths, epochs=EPOCHS, batch_size=BATCH, lr=LR, alpha=ALPHA,
             micro_tokens=given.micro_tokens or None, compile=given.compile, cuda_graphs=given.graphs,
         )  # fmt: skip
-        train, held = bench.examples(lengths, ROWS[lengths]), bench.examples(lengths, config.validation_max)
-        data = Data(train=encoded(train), validation=encoded(held), labels=None, format="", how_split="", sha256="",
-                    notes=[])  # fmt: skip
+        data = made_up_data(
+            read_lengths(lengths), bench.vocabulary, train=ROWS[lengths], validation=config.validation_max
+        )
+        held = data.validation.examples
         config = resolved(config, data, self.bank, "causal")
         self.compile(config.compile == "on")
         assert config.micro_tokens is not None
-        trainer = Trainer(self.model, train, recipe_of(config, config.micro_tokens))
+        trainer = Trainer(self.model, data.train.examples, recipe_of(config, config.micro_tokens))
         plan = LookPlan.of(config, data, trainer)
         found: Found = {
             "compile": config.compile, "graphs": config.cuda_graphs, "micro_tokens": config.micro_tokens,
@@ -262,11 +260,6 @@ class Ours:
 
 GRAPH_WARM = 24
 """More steps to warm up with CUDA graphs: each size of row runs once eagerly and is then captured."""
-
-
-def encoded(examples: list[Encoded]) -> EncodedSet:
-    supervised = sum(int(e.supervised.sum()) for e in examples)
-    return EncodedSet(examples=examples, truncated=0, dropped=0, supervised_tokens=supervised)
 
 
 # --- baselines
@@ -397,7 +390,7 @@ BASELINES: dict[str, Callable[[Bench], Baseline]] = {"a": usual, "b": strongest,
 def measure_baseline(bench: Bench, baseline: Baseline, lengths: str) -> Found:
     """With the largest passes that fit. Where they only just do, and the allocator has to clear up in between, half
     as large ones are tried too, and the faster way counts."""
-    examples = bench.examples(lengths, ROWS[lengths])
+    examples = made_up(read_lengths(lengths), bench.vocabulary, ROWS[lengths])
     batches = epoch_batches([len(e) for e in examples], BATCH, 1, seed=0, epoch=0)
 
     def step(i: int) -> None:
