@@ -11,8 +11,8 @@ For each task and seed, on the same batches and the same held-out examples:
 
 With --rates instead: what the learning rate does to that. A few ranks from the start, each at several multiples of
 the default learning rate, measured at each look as they are and as averages of the factors over the last quarter and
-half of the steps so far (since the last look, if that is later). An average shows what a large rate has learnt without
-the noise that the end of the schedule would take away. With --lrs other than 1 only the first sweep, only its end.
+half of the steps so far (since the last look, if that is later). An average shows what a large rate has learnt
+without the noise that the end of the schedule would take away. With --lrs other than 1 only the first sweep, only its end.
 
 A unit is one JSON file; units that are there already are skipped, so the study goes on over many sittings. Losses of
 each fresh example are kept: any two arms of one task and seed can be compared in pairs.
@@ -309,9 +309,10 @@ def main() -> None:
         )
         study = Study(name, given.data, config, float(lr), not given.no_compile)
         done = study.run(rates=given.rates)
+        mode = f"--rates --warmup {given.warmup:g}" if given.rates else f"--lrs {lr}"
         done["command"] = (
-            f"python -m benchmarks.early_looks --tasks {name} --seeds {seed} "
-            f"{f'--rates --warmup {given.warmup:g}' if given.rates else f'--lrs {lr}'} --steps {given.steps} --train-max {given.train_max}"
+            f"python -m benchmarks.early_looks --tasks {name} --seeds {seed} {mode} --steps {given.steps} "
+            f"--train-max {given.train_max}"
         )
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(done) + "\n")
