@@ -12,7 +12,9 @@ For each task and seed, on the same batches and the same held-out examples:
 With --rates instead: what the learning rate does to that. A few ranks from the start, each at several multiples of
 the default learning rate, measured at each look as they are and as averages of the factors over the last quarter and
 half of the steps so far (since the last look, if that is later). An average shows what a large rate has learnt
-without the noise that the end of the schedule would take away. With --lrs other than 1 only the first sweep, only its end.
+without the noise that the end of the schedule would take away.
+
+With --lrs other than 1 only the first sweep, and only its end.
 
 A unit is one JSON file; units that are there already are skipped, so the study goes on over many sittings. Losses of
 each fresh example are kept: any two arms of one task and seed can be compared in pairs.
