@@ -252,7 +252,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
         rank=rank,
         reason=reason_of(session),
         target_modules=sorted(peft_config.target_modules),
-        rank_pattern=peft_config.rank_pattern,
+        rank_pattern=peft_config.rank_pattern or {},
         scaling=setting.multiplier,
         learning_rate=setting.lr,
         trainable_parameters=bank.trainable_parameters(bank.candidates.ranks_of(0)),
