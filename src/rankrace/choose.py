@@ -63,6 +63,8 @@ class Selection:
             "lora_alpha": c.lora_alpha,
             "target_modules": sorted(c.target_modules),
         }
+        if c.rank_pattern:
+            chosen |= {"rank_pattern": c.rank_pattern, "alpha_pattern": c.alpha_pattern}
         if c.lora_dropout:
             chosen["lora_dropout"] = c.lora_dropout
         if c.fan_in_fan_out:

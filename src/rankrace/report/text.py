@@ -108,18 +108,26 @@ def doubts(rank: int, decision: Decision) -> list[str]:
 def lora_config_code(result: Result, config: dict[str, Any]) -> str:
     """A peft.LoraConfig that makes an adapter like the delivered one."""
     rslora = config.get("scaling") == "rslora"
-    alpha = result.scaling * (result.rank**0.5 if rslora else result.rank)
+
+    def alpha(rank: int) -> int | float:
+        found = round(result.scaling * (rank**0.5 if rslora else rank), 6)
+        return int(found) if found.is_integer() else found
+
     lines = [
         f"r={result.rank},",
-        f"lora_alpha={int(alpha) if round(alpha, 6).is_integer() else round(alpha, 6)},",
+        f"lora_alpha={alpha(result.rank)},",
         f"lora_dropout={config.get('dropout', 0.0)},",
     ]
     if rslora:
         lines.append("use_rslora=True,")
+    named: dict[str, Any] = {"target_modules": result.target_modules}
     if result.rank_pattern:
-        lines.append(f"rank_pattern={result.rank_pattern},")
-    modules = f"target_modules={result.target_modules},"
-    lines += textwrap.wrap(modules, 84, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        alphas = {name: alpha(r) for name, r in result.rank_pattern.items()}
+        named = {"rank_pattern": result.rank_pattern, "alpha_pattern": alphas, **named}
+    for name, value in named.items():
+        lines += textwrap.wrap(
+            f"{name}={value},", 84, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
     lines.append('task_type="SEQ_CLS",' if result.task == "classification" else 'task_type="CAUSAL_LM",')
     body = textwrap.indent("\n".join(lines), "    ")
     return f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{body}\n)"
