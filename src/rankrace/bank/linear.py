@@ -97,7 +97,9 @@ class Siblings:
 
     def lead(self, x: Tensor) -> Tensor:
         """Of the first sibling; the others' hang on x, in their order, for compiled code to take: see `follow`."""
-        first, *self._handed = self.outputs(x)
+        first, *self._handed = ys = self.outputs(x)
+        for y in ys:
+            fix_width(y)
         x.adapted = self._handed  # type: ignore[attr-defined]
         return first
 
@@ -111,6 +113,12 @@ class Siblings:
         self._version = 0
         self._ready: dict[BankLinear, Tensor] = {}
         self._handed.clear()
+
+
+def fix_width(x: Tensor) -> None:
+    """Code compiled for this tensor may take the last of its sizes for a constant."""
+    if x.dim() > 2:
+        torch._dynamo.mark_static(x, x.dim() - 1)
 
 
 def follow(x: Tensor) -> Tensor:
