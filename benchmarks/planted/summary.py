@@ -48,10 +48,9 @@ def picks(records: Sequence[Record]) -> str:
     for (strategy, kind, rank, steps), group in sorted(groups.items()):
         found = [r["pick"] for r in group]
         ends = [r["end"]["excess"][0] for r in group if r["end"]]
-        rows.append(
-            (strategy, kind, rank, steps, f"{np.median(found):g}", f"{min(found)} … {max(found)}")
-            + (within(found, rank, 1), within(found, rank, 2), f"{np.mean(ends):.4f}" if ends else "")
-        )
+        span, end = f"{min(found)} … {max(found)}", f"{np.mean(ends):.4f}" if ends else ""
+        near = within(found, rank, 1), within(found, rank, 2)
+        rows.append((strategy, kind, rank, steps, f"{np.median(found):g}", span, *near, end))
     head = ("strategy", "spectrum", "r₀", "steps", "median pick", "range", "within 1", "within 2", "end, nats")
     return table(head, rows)
 
