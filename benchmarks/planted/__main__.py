@@ -75,10 +75,10 @@ def main() -> None:
     there = {(r["kind"], r["rank"], r["seed"], r["strategy"], r["steps"]) for r in enough}
     units = [
         Unit(kind=kind, rank=rank, seed=seed, strategy=strategy)
-        for strategy in given.strategies.split(",")
         for kind in given.kinds.split(",")
         for seed in numbers(given.seeds)
         for rank in numbers(given.ranks)
+        for strategy in given.strategies.split(",")
     ]
     missing = [unit for unit in units if (*unit.key, regime.steps) not in there]
     print(f"{len(missing)} of {len(units)} units to run", flush=True)

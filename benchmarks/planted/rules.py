@@ -34,11 +34,11 @@ def one_se(curve: Curve) -> int:
 
 
 def share(part: float) -> Rule:
-    """The smallest rank that loses at most this part of what rank buys, L(1) − min L."""
+    """The smallest rank that loses at most this part of what rank buys, L(1) − min L (or one standard error)."""
 
     def rule(curve: Curve) -> int:
         behind_r = curve.loss_r - curve.loss_r.min()
-        return 1 + int(np.argmax(behind_r <= part * behind_r[0]))
+        return 1 + int(np.argmax(behind_r <= np.maximum(part * behind_r[0], curve.se_r)))
 
     return rule
 

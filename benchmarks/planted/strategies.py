@@ -9,13 +9,14 @@ from benchmarks.planted.rules import RULES, Curve, Rule
 from benchmarks.planted.teacher import LARGEST, WIDE
 from rankrace.bank import Bank
 from rankrace.select.grid import Grid
-from rankrace.select.objective import Objective, log2_penalty
+from rankrace.select.objective import Held, Objective, Trial, Verdict, log2_penalty
 from rankrace.select.shrink import Shrink
 from rankrace.select.strategy import Bench, Cut, Look, Strategy, Train
 
 GRID = (2, 4, 8, 16)
-ONE_SE = Objective(penalty=log2_penalty(0.0), rule="one_se")
-ARGMIN = Objective(penalty=log2_penalty(0.0), rule="argmin")
+NO_PENALTY = log2_penalty(0.0)
+ONE_SE = Objective(penalty=NO_PENALTY, rule="one_se")
+ARGMIN = Objective(penalty=NO_PENALTY, rule="argmin")
 ALL_RANKS = tuple(range(1, LARGEST + 1))
 WATCHED = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 CUT_AT = 0.2
@@ -121,6 +122,20 @@ class Sweep:
         return Look(step=step, verdict=verdict, action=Train(), final=True, reason="written down at the end")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shared(Objective):
+    """An objective whose pick is the smallest rank that loses at most a part of what rank buys: `rules.share`."""
+
+    part: float
+
+    def judge(self, trials: Sequence[Trial], held: Held) -> Verdict:
+        verdict = super().judge(trials, held)
+        points, best = verdict.points, verdict.at(verdict.best)
+        bearable = self.part * (points[0].objective - best.objective)
+        pick = next(p for p in points if p.objective - best.objective <= max(bearable, p.se))
+        return replace(verdict, pick=pick.rank)
+
+
 def shrink(setup: Setup, objective: Objective) -> Strategy:
     return Shrink(total_steps=setup.total, wide=WIDE, largest=LARGEST, refine=True, objective=objective)
 
@@ -132,6 +147,7 @@ def read(name: str, share: float) -> Callable[[Setup], Strategy]:
 STRATEGIES: dict[str, Callable[[Setup], Strategy]] = {
     "shrink": lambda s: shrink(s, ONE_SE),
     "shrink-argmin": lambda s: shrink(s, ARGMIN),
+    "shrink-share-0.04": lambda s: shrink(s, Shared(penalty=NO_PENALTY, rule="argmin", part=0.04)),
     "grid": lambda s: Grid(ranks=GRID, look_step=s.step(0.15), refine=True, objective=ONE_SE),
     "watch": lambda s: Watch(steps=tuple(s.step(share) for share in WATCHED)),
     "oracle": lambda s: CutTo(at=s.step(CUT_AT), ranks=(s.planted_rank,), name="oracle"),

@@ -5,7 +5,9 @@ Shapes: N held-out examples, R a candidate's rank.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -62,6 +64,12 @@ class Recorded:
         whole = self.bank.candidates.spectra(0) if alone else {}
         self.spectra.append({name: [round(s, 3) for s in one.S_R.tolist()] for name, one in whole.items()})
         return self.strategy.look(step, looks, bench)
+
+
+@lru_cache(maxsize=1)
+def teacher_of(kind: Kind, rank: int, seed: int, regime: Regime) -> Planted:
+    """The last one is kept: strategies of one teacher follow each other."""
+    return plant(kind, rank, seed, regime)
 
 
 def prepared(planted: Planted, unit: Unit, regime: Regime) -> tuple[Search, Recorded]:
@@ -131,7 +139,8 @@ def run_unit(unit: Unit, regime: Regime, *, only_choice: bool = False) -> dict[s
     """
     torch.set_num_threads(1)
     began = time.perf_counter()
-    planted = plant(unit.kind, unit.rank, unit.seed, regime)
+    planted = teacher_of(unit.kind, unit.rank, unit.seed, regime)
+    planted = replace(planted, base=deepcopy(planted.base))  # a bank changes its model
     planted_s = time.perf_counter() - began
     search, strategy = prepared(planted, unit, regime)
     search.start()
