@@ -10,8 +10,8 @@ are measured on the same held-out examples at each look:
 - same-r: the same with the learning rate times √(r/wide), so that a step changes ΔW as much as before the cut: with
   balanced factors a step of size η moves ΔW by s·η·√(S/s) = η·√(s·S), and s = α/r;
 - fast-r: the balanced wide one with the learning rate times √(wide/r), the gain in speed of a cut without the cut;
-- pooled-r: the singular values of all layers in one pool, the largest kept within the budget of rank r; weighted-r: the
-  same, each value weighted by the size of its layer's inputs.
+- pooled-r: the singular values of all layers in one pool, the largest kept within the budget of rank r;
+  weighted-r: the same, each value weighted by the size of its layer's inputs.
 
 A unit is one JSON file; units that are there already are skipped. Each fresh example's own loss is kept.
 
