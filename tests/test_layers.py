@@ -245,7 +245,7 @@ def test_a_choice_names_the_ranks_of_all_layers(tmp_path: Path) -> None:
     bank = Bank(tiny("llama"))
     exported(bank, uneven(bank), tmp_path)
     choice = Selection(
-        rank=3, reason="", curve=(), confident=True, edge=None, learning_rate=1e-3,
+        rank=3, reason="", curve=(), confident=True, edge=None, doubts=(), learning_rate=1e-3,
         _config=lora_config(bank, adapter_of(bank, 0)),
     )  # fmt: skip
     made: Any = get_peft_model(tiny("llama"), choice.lora_config())

@@ -44,16 +44,28 @@ class RunConfig(BaseModel):
     """Longer examples are cut to this many tokens (the prompt first, from its start)."""
 
     # --- which rank
-    strategy: Literal["shrink", "grid"] = "shrink"
-    """How the rank is found: shrink one wide adapter, or grid, the candidates side by side."""
+    strategy: Literal["shrink", "race", "grid"] = "shrink"
+    """shrink one wide adapter; race: cut it to several ranks that train on side by side; grid: those from the start."""
     ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (2, 4, 8, 16, 32)
     """Candidate ranks. shrink starts at twice the largest and may pick any integer up to the largest."""
     refine: bool = True
     """Search the integers between the grid points too."""
+    prefer: Literal["quality", "balanced", "small"] = "balanced"
+    """A smaller rank may lose 1%, 4% or 8% of what rank itself buys, or what the noise hides (rule one_se)."""
+    penalty: Literal["log2", "parameters", "bytes"] = "log2"
+    """log2: κ·G·log2(r). parameters, bytes: λ·p(r), with the adapter's parameters per base parameter, or its bytes."""
+    penalty_weight: Annotated[float, Field(ge=0)] = 0.0
+    """λ, in nats, of the penalties parameters and bytes."""
     kappa: Annotated[float, Field(ge=0)] = 0.0
     """The share of the whole gain in loss that a doubling of the rank must buy."""
     rule: Literal["one_se", "argmin"] = "one_se"
     """one_se: the smallest rank whose objective is within one paired standard error of the best."""
+    lr_scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=8)] = (1.0,)
+    """Learning rates to try first, as multiples of the rank's own (0.5,1,2): one more candidate each for a while."""
+    twin: bool = False
+    """Also train a second draw of the first candidate for a while: how much of a difference is chance."""
+    layer_ranks: Literal["uniform", "pooled"] = "uniform"
+    """pooled: shrink also tries ranks of their own for the layers, of as many parameters; kept if clearly better."""
     search_fraction: Fraction = 0.15
     """grid decides after this share of training; shrink decides when its pick is stable, at 0.30 at the latest."""
 

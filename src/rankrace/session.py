@@ -3,7 +3,7 @@
 Shapes: N held-out examples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from rankrace.errors import RankraceError
 from rankrace.plan import LookPlan, resolved
 from rankrace.select.grid import Grid
 from rankrace.select.learning_rate import lr_for, multiplier
-from rankrace.select.objective import Held, Objective, log2_penalty
+from rankrace.select.objective import Held, Objective, Penalty, linear_penalty, log2_penalty
+from rankrace.select.opening import Opening
+from rankrace.select.race import Race
 from rankrace.select.search import Search, SearchState, Setting
 from rankrace.select.shrink import Shrink
 from rankrace.select.strategy import Strategy
@@ -29,6 +31,9 @@ from rankrace.train.compiled import compile_blocks
 from rankrace.train.loop import Measured, Recipe, Trainer
 from rankrace.train.model import PackedModel
 
+SHARES = {"quality": 0.01, "balanced": 0.04, "small": 0.08}
+"""What part of what rank buys a smaller rank may lose. 4% finds planted ranks (docs/planted.md), 1 and 2% too large a
+one; 8% is the part from which on real tasks lose what a validation set can tell (docs/selection.md)."""
 FRESH_LEAST = 10
 """With fewer examples than this in each half, validation is not halved."""
 
@@ -53,7 +58,9 @@ class Session:
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: factors, heads and optimiser."""
         optimizer = {f"optimizer.{n}": t for n, t in self.trainer.optimizer.state().items()}
-        return {**self.trainer.bank.candidates.tensors(), **optimizer}
+        average = self.trainer.average
+        averaged = {} if average is None else {"average": average.mean.all_KP}
+        return {**self.trainer.bank.candidates.tensors(), **optimizer, **averaged}
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: everything that is not a tensor. There is no random state: see Trainer."""
@@ -68,6 +75,7 @@ class Session:
             "ranks": c.ranks,
             "layer_ranks": dict(c.layer_ranks),
             "multipliers": c.multipliers,
+            "averaged": None if t.average is None else t.average.steps,
             "search": _state.dump_python(self.search.state, mode="json"),
         }
 
@@ -95,13 +103,24 @@ class Session:
         t.start(candidates, state["lr"])
         prefix = "optimizer."
         t.optimizer.load_state({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
+        if state["averaged"] is not None:
+            t.follow()
+            assert t.average is not None
+            t.average.steps = state["averaged"]
+            t.average.mean.all_KP.copy_(tensors["average"])
         t.step = state["step"]
         t.tokens, t.seconds = state["tokens"], state["seconds"]
         self.search.state = _state.validate_python(state["search"])
 
 
-def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task) -> Session:
-    """Attaches the bank, checks that the model can run packed, measures the base, and readies the strategy."""
+def prepare(
+    config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task, penalty: Callable[[int], float] | None = None
+) -> Session:
+    """Attaches the bank, checks that the model can run packed, measures the base, and readies the strategy.
+
+    Args:
+        penalty: rank → nats, in place of the configuration's own.
+    """
     bank = Bank(hf_model, target_modules=config.target_modules, seed=config.seed, dropout=config.dropout)
     bank.check_ranks(config.ranks)
     config = resolved(config, data, bank, task)
@@ -115,7 +134,8 @@ def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task
         compile_blocks(bank)
     trainer = Trainer(model, data.train.examples, recipe_of(config, config.micro_tokens))
     plan = LookPlan.of(config, data, trainer)
-    strategy = make_strategy(config, trainer.total, bank, plan)
+    price = penalty_of(config, bank) if penalty is None else linear_penalty(1.0, penalty)
+    strategy = make_strategy(config, trainer.total, bank, plan, price)
     looked, fresh, notes = divide(data.validation.examples, plan, config.seed)
     with bank.off():
         base_looked, base_fresh = trainer.measure(looked), trainer.measure(fresh)
@@ -160,21 +180,46 @@ def recipe_of(config: RunConfig, micro_tokens: int) -> Recipe:
     )
 
 
-def make_strategy(config: RunConfig, total: int, bank: Bank, plan: LookPlan) -> Strategy:
-    objective = Objective(penalty=log2_penalty(config.kappa), rule=config.rule)
+def penalty_of(config: RunConfig, bank: Bank) -> Penalty:
+    """What the configuration charges for a rank."""
+    match config.penalty:
+        case "log2":
+            return log2_penalty(config.kappa)
+        case "parameters":
+            return linear_penalty(config.penalty_weight, lambda r: bank.trainable_parameters(r) / bank.base_parameters)
+        case "bytes":
+            size = bank.model.dtype.itemsize
+            return linear_penalty(config.penalty_weight, lambda r: bank.trainable_parameters(r) * size)
+
+
+def make_strategy(config: RunConfig, total: int, bank: Bank, plan: LookPlan, penalty: Penalty) -> Strategy:
+    objective = Objective(penalty=penalty, rule=config.rule, share=SHARES[config.prefer])
     ranks = tuple(sorted(set(config.ranks)))
-    if config.strategy == "grid":
-        at = max(1, round(config.search_fraction * total))
-        return Grid(ranks=ranks, look_step=at, refine=config.refine, objective=objective)
     wide = min(2 * ranks[-1], bank.largest_rank)
-    return Shrink(
-        total_steps=total,
-        fractions=plan.fractions,
-        wide=wide,
-        largest=ranks[-1],
-        refine=config.refine,
-        objective=objective,
-    )
+    match config.strategy:
+        case "grid":
+            at = max(1, round(config.search_fraction * total))
+            return Grid(ranks=ranks, look_step=at, refine=config.refine, objective=objective)
+        case "race":
+            strategy: Strategy = Race(
+                total_steps=total, wide=wide, ranks=ranks, refine=config.refine, objective=objective
+            )
+        case "shrink":
+            strategy = Shrink(
+                total_steps=total,
+                wide=wide,
+                largest=ranks[-1],
+                refine=config.refine,
+                objective=objective,
+                fractions=plan.fractions,
+                layers=config.layer_ranks == "pooled",
+            )
+    scales = tuple(sorted({1.0, *config.lr_scales}))
+    if len(scales) == 1 and not config.twin:
+        return strategy
+    first = strategy.next_look([])
+    assert first is not None
+    return Opening(inner=strategy, scales=scales, twin=config.twin, look_step=first, objective=objective)
 
 
 def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list[Encoded], list[Encoded], list[str]]:

@@ -230,21 +230,29 @@ class Bank:
 
     # --- which candidates there are
 
-    def start(self, ranks: Sequence[int], multipliers: Sequence[float]) -> None:
+    def start(
+        self, ranks: Sequence[int], multipliers: Sequence[float], draws: Sequence[int] | None = None
+    ) -> None:
         """Fresh candidates: A ~ U(±1/√D_in) as in PEFT, B = 0.
 
         Nested: a candidate of rank r gets the first r rows of what any larger one gets, alone or in company.
+
+        Args:
+            draws: which draw of A each gets, 0 by default; two draws of one rank show how much is chance.
         """
         self.check_ranks(ranks)
         K, R = len(ranks), padded(max(ranks))
         factors = {}
         for name, layer in self.layers.items():
-            generator = torch.Generator().manual_seed(counter_seed(self.seed, layer.index))
-            widest_RD = torch.rand(max(ranks), layer.d_in, generator=generator, dtype=torch.float32)
-            widest_RD = (widest_RD.mul_(2).sub_(1) / layer.d_in**0.5).to(self.device, self.dtype)
             A_KRD = torch.zeros(K, R, layer.d_in, dtype=self.dtype, device=self.device)
-            for k, r in enumerate(ranks):
-                A_KRD[k, :r] = widest_RD[:r]
+            for draw in set(draws or (0,)):
+                counters = (self.seed, layer.index) if draw == 0 else (self.seed, layer.index, draw)
+                generator = torch.Generator().manual_seed(counter_seed(*counters))
+                widest_RD = torch.rand(max(ranks), layer.d_in, generator=generator, dtype=torch.float32)
+                widest_RD = (widest_RD.mul_(2).sub_(1) / layer.d_in**0.5).to(self.device, self.dtype)
+                for k, r in enumerate(ranks):
+                    if draws is None or draws[k] == draw:
+                        A_KRD[k, :r] = widest_RD[:r]
             factors[name] = (A_KRD, A_KRD.new_zeros(K, layer.d_out, R))
         heads = {
             n: tuple(p.detach().to(self.dtype).expand(K, *p.shape).clone() for p in head.original.parameters())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Objective, Trial, Verdict
-from rankrace.select.strategy import Bench, Cut, Keep, Look, holder, refined
+from rankrace.select.strategy import Bench, Cut, Keep, Look, Start, holder, refined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,10 @@ class Grid:
     refine: bool
     objective: Objective
     name: str = "grid"
+    averages: bool = False
 
-    def start(self) -> tuple[int, ...]:
-        return self.ranks
+    def start(self) -> tuple[Start, ...]:
+        return tuple(Start(rank=r) for r in self.ranks)
 
     def next_look(self, looks: Sequence[Look]) -> int | None:
         return None if looks else self.look_step

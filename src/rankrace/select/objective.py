@@ -88,6 +88,11 @@ class Verdict:
         return [p for p in self.points if p.alive]
 
     @property
+    def bought(self) -> float:
+        """What rank buys on this curve: the objective of its smallest rank above the lowest one."""
+        return self.alive[0].objective - self.at(self.best).objective
+
+    @property
     def edge(self) -> Edge:
         """Whether the pick is the smallest or the largest rank with a loss: the optimum may lie beyond."""
         if self.pick == self.alive[0].rank:
@@ -103,13 +108,23 @@ class Objective:
         rule: "argmin" takes the lowest objective; "one_se" the smallest rank within one paired standard error of
             it, since what cannot be told apart should not be paid for (argmin where the error is unknown). Ties
             go to the smaller rank in both, and so does all where no rank improves on the base model.
+        share: with "one_se" a smaller rank is also taken where it loses at most this share of what rank itself buys,
+            J(smallest) − min J. What rank buys is the unit because the whole gain over the base model is mostly the
+            form of the answers, of which every rank gets nearly all. And because cutting off what is not learnt yet
+            costs an early curve a little at every rank: many standard errors, but a small share (docs/planted.md).
     """
 
     penalty: Penalty
     rule: Literal["one_se", "argmin"]
+    share: float = 0.0
 
-    def judge(self, trials: Sequence[Trial], held: Held) -> Verdict:
-        """Raises RankraceError when no trial has a finite loss."""
+    def judge(self, trials: Sequence[Trial], held: Held, bought: float | None = None) -> Verdict:
+        """Args:
+            bought: what rank buys, where it is known from a curve that begins at a smaller rank.
+
+        Raises:
+            RankraceError: no trial has a finite loss.
+        """
         trials = sorted(trials, key=lambda t: t.rank)
         total = held.tokens_N.sum()
         losses = [float(t.loss_N.sum() / total) for t in trials]
@@ -140,7 +155,9 @@ class Objective:
         if gain <= 0:
             pick = next(i for i, o in enumerate(objectives) if math.isfinite(o))
         elif self.rule == "one_se":
-            slack = np.maximum(np.nan_to_num(ses), tie)
+            smallest = next(o for o in objectives if math.isfinite(o))
+            bearable = self.share * (smallest - lowest if bought is None else bought)
+            slack = np.maximum(np.nan_to_num(ses), max(tie, bearable))
             pick = next(i for i, o in enumerate(objectives) if o <= objectives[best] + slack[i])
         points = tuple(
             Point(rank=t.rank, loss=loss, se=se, penalty=p, objective=o, source=t.source)

@@ -6,16 +6,16 @@ Shapes: K candidates, N held-out examples.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rankrace.bank import Bank, Candidates, Spectrum
+from rankrace.bank import Bank, Candidates, Spectrum, allocate
 from rankrace.data.encoded import Encoded
-from rankrace.select.objective import Held, Trial
+from rankrace.select.objective import Held, Source, Trial
 from rankrace.select.strategy import Cut, Keep, Look, Strategy
 from rankrace.train.loop import Trainer
 
@@ -67,7 +67,7 @@ class Search:
         setting: Callable[[int], Setting],
     ) -> None:
         self.trainer, self.strategy, self.examples, self.held = trainer, strategy, examples, held
-        self.setting = setting
+        self.own_setting = setting
         self.state = SearchState()
         self._unread: list[Tensor] = []
         self._spectra: tuple[tuple[int, int], dict[str, Spectrum]] = ((-1, -1), {})
@@ -76,11 +76,28 @@ class Search:
 
     def start(self) -> None:
         """Fresh candidates, as the strategy wants them."""
-        ranks = self.strategy.start()
+        starts = self.strategy.start()
+        ranks = [one.rank for one in starts]
         settings = [self.setting(r) for r in ranks]
-        self.trainer.bank.start(ranks, [s.multiplier for s in settings])
-        self.trainer.start(self.trainer.bank.candidates, [s.lr for s in settings])
+        self.trainer.bank.start(ranks, [s.multiplier for s in settings], [one.draw for one in starts])
+        lrs = [s.lr * one.lr_scale for s, one in zip(settings, starts, strict=True)]
+        self.trainer.start(self.trainer.bank.candidates, lrs)
         self.state.entries = [Entry(rank=r, began=0) for r in ranks]
+        self.follow()
+
+    def follow(self) -> None:
+        """Averages are kept while there are several candidates to compare."""
+        if self.strategy.averages and len(self.ranks) > 1:
+            self.trainer.follow()
+
+    def setting(self, rank: int) -> Setting:
+        """With the learning rate's scale as it was chosen, if it was."""
+        own = self.own_setting(rank)
+        return replace(own, lr=own.lr * self.lr_scale)
+
+    @property
+    def lr_scale(self) -> float:
+        return self.state.looks[-1].lr_scale if self.state.looks else 1.0
 
     @property
     def decided(self) -> bool:
@@ -118,18 +135,28 @@ class Search:
                 kept = [running[i] for i in indices]
                 self.retire([e for e in running if e not in kept])
                 self.trainer.keep(indices)
-            case Cut(index=index, ranks=ranks):
+            case Cut(index=index, ranks=ranks, allocation=allocation):
                 self.retire(running, source=running[index])
-                cuts = self.cut(index, ranks)
-                self.trainer.cut(index, cuts, self._spectra[1], [self.setting(r).lr for r in ranks])
+                cuts = self.cut(index, ranks, allocation)
+                self.trainer.cut(index, cuts, self.spectra(index), [self.setting(r).lr for r in ranks])
                 self.state.entries += [Entry(rank=r, began=self.trainer.step) for r in ranks]
+                self.follow()
+        if len(self.ranks) == 1:
+            self.trainer.average = None
 
-    def cut(self, index: int, ranks: Sequence[int]) -> Candidates:
-        """The best approximations of one present candidate's update; within a look its spectra are kept."""
-        candidates, key = self.trainer.bank.candidates, (self.trainer.step, index)
+    def spectra(self, index: int) -> dict[str, Spectrum]:
+        """Of one present candidate; kept for the rest of a look."""
+        key = (self.trainer.step, index)
         if self._spectra[0] != key:
-            self._spectra = key, candidates.spectra(index)
-        return candidates.truncations(index, ranks, [self.setting(r).multiplier for r in ranks], self._spectra[1])
+            self._spectra = key, self.trainer.bank.candidates.spectra(index)
+        return self._spectra[1]
+
+    def cut(self, index: int, ranks: Sequence[int], allocation: dict[str, int] | None = None) -> Candidates:
+        """The best approximations of one present candidate's update."""
+        multipliers = [self.setting(r).multiplier for r in ranks]
+        return self.trainer.bank.candidates.truncations(
+            index, ranks, multipliers, self.spectra(index), [allocation] * len(ranks)
+        )
 
     def retire(self, entries: list[Entry], source: Entry | None = None) -> None:
         """Ends candidates. Their steps were spent on the choice, unless the winner was cut from them."""
@@ -156,16 +183,33 @@ class Search:
         return self.trainer.bank.candidates.ranks
 
     def direct(self) -> list[Trial]:
-        loss_KN = self.trainer.measure(self.examples).loss_KN
-        return [Trial(rank=r, loss_N=x, source="direct") for r, x in zip(self.ranks, loss_KN, strict=True)]
+        return self.trials(self.ranks, "direct")
+
+    def averaged(self) -> list[Trial]:
+        average, bank = self.trainer.average, self.trainer.bank
+        assert average is not None, "the strategy said that it wants no averages"
+        with bank.borrowed(bank.candidates.with_tensors(average.mean.views)):
+            return self.trials(self.ranks, "direct")
 
     def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:
-        bank = self.trainer.bank
-        if not all(bool(A[index].isfinite().all() & B[index].isfinite().all())
-                   for A, B in bank.candidates.factors.values()):  # fmt: skip
+        if not self.finite(index):
             lost_N = np.full(len(self.examples), np.nan)
             return [Trial(rank=r, loss_N=lost_N, source="truncated") for r in ranks]
-        cuts = self.cut(index, ranks)
-        with bank.borrowed(cuts):
-            loss_KN = self.trainer.measure(self.examples).loss_KN
-        return [Trial(rank=r, loss_N=x, source="truncated") for r, x in zip(ranks, loss_KN, strict=True)]
+        with self.trainer.bank.borrowed(self.cut(index, ranks)):
+            return self.trials(ranks, "truncated")
+
+    def pooled(self, index: int, rank: int) -> tuple[Trial, dict[str, int]]:
+        costs, whole = self.trainer.bank.costs, self.spectra(index)
+        allocation = allocate(whole, costs, rank * sum(costs.values()))
+        with self.trainer.bank.borrowed(self.cut(index, [rank], allocation)):
+            (trial,) = self.trials([rank], "truncated")
+        return trial, allocation
+
+    def trials(self, ranks: Sequence[int], source: Source) -> list[Trial]:
+        """Measures what the bank holds."""
+        loss_KN = self.trainer.measure(self.examples).loss_KN
+        return [Trial(rank=r, loss_N=x, source=source) for r, x in zip(ranks, loss_KN, strict=True)]
+
+    def finite(self, index: int) -> bool:
+        factors = self.trainer.bank.candidates.factors.values()
+        return all(bool(A[index].isfinite().all() & B[index].isfinite().all()) for A, B in factors)

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Objective, Trial, Verdict
-from rankrace.select.strategy import Bench, Cut, Look, Train, refined
+from rankrace.select.statistics import paired_difference
+from rankrace.select.strategy import Bench, Cut, Look, Start, Train, refined
 
+BETTER = 2.0
+"""Standard errors by which ranks of their own for the layers must beat the same rank for all."""
 STABLE_LOOKS = 3
 STABLE_RATIO = 1.33
 PLANS = ((0.10, 0.15, 0.20, 0.25, 0.30), (0.10, 0.20, 0.30), (0.20,))
@@ -25,6 +28,7 @@ class Shrink:
     largest: the largest rank that may be picked, below `wide`: near it a truncation loses nothing by
         construction, so the curve says little there.
     fractions: one of PLANS.
+    layers: compare the pick with ranks of their own for the layers, of as many parameters in all.
     """
 
     total_steps: int
@@ -33,10 +37,12 @@ class Shrink:
     refine: bool
     objective: Objective
     fractions: tuple[float, ...] = PLANS[0]
+    layers: bool = False
     name: str = "shrink"
+    averages: bool = False
 
-    def start(self) -> tuple[int, ...]:
-        return (self.wide,)
+    def start(self) -> tuple[Start, ...]:
+        return (Start(rank=self.wide),)
 
     @property
     def look_steps(self) -> list[int]:
@@ -59,8 +65,8 @@ class Shrink:
         verdict = judge(trials)
         picks = [*(look.verdict.pick for look in looks), verdict.pick][-STABLE_LOOKS:]
         stable = len(picks) == STABLE_LOOKS and max(picks) <= STABLE_RATIO * min(picks)
-        capped = not stable and len(looks) + 1 == len(self.look_steps)
-        if not (stable or capped):
+        last = len(looks) + 1 == len(self.look_steps)
+        if not (stable or last):
             return Look(step=step, verdict=verdict, action=Train())
         if self.refine:
             verdict = refined(verdict, trials, bench, judge)
@@ -69,12 +75,29 @@ class Shrink:
         reason += f" picked {seen} among {', '.join(map(str, self.ladder()))}"
         if self.refine:
             reason += ", and then the integers beside were tried"
+        allocation = None
+        if self.layers:
+            allocation, words = layered(bench, verdict.pick)
+            reason += words
         return Look(
             step=step,
             verdict=verdict,
-            action=Cut(index=0, ranks=(verdict.pick,)),
+            action=Cut(index=0, ranks=(verdict.pick,), allocation=allocation),
             final=True,
             edge=verdict.edge,
-            capped=capped,
+            # A plan too short to ask for a stable pick was not cut short.
+            capped=last and not stable and len(self.look_steps) >= STABLE_LOOKS,
             reason=reason,
         )
+
+
+def layered(bench: Bench, rank: int) -> tuple[dict[str, int] | None, str]:
+    """Ranks of their own for the layers, if they are clearly better than this rank for all; and that in words."""
+    (uniform,) = bench.truncated(0, [rank])
+    pooled, allocation = bench.pooled(0, rank)
+    held = bench.held
+    gain, se = paired_difference(uniform.loss_N, pooled.loss_N, held.tokens_N, held.cluster_N)
+    spread = f"from {min(allocation.values())} to {max(allocation.values())} by layer"
+    if any(allocation.values()) and gain > BETTER * se:
+        return allocation, f"; ranks {spread} are better by {gain:.4f} ± {se:.4f} nats and were taken"
+    return None, f"; ranks {spread} are no better ({gain:.4f} ± {se:.4f} nats)"

@@ -14,6 +14,17 @@ Judge = Callable[[Sequence[Trial]], Verdict]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """A candidate that begins a run."""
+
+    rank: int
+    lr_scale: float = 1.0
+    """Times the rank's own learning rate."""
+    draw: int = 0
+    """Of the initial factors; candidates of one draw are nested."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Go on with the candidates as they are."""
 
@@ -34,10 +45,23 @@ class Cut:
 
     index: int
     ranks: tuple[int, ...]
+    allocation: dict[str, int] | None = None
+    """Layer → rank, where the layers of the one cut are not all alike."""
     kind: Literal["cut"] = "cut"
 
 
 Action = Train | Keep | Cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rated:
+    """One learning rate, tried."""
+
+    lr_scale: float
+    loss: float
+    """Nats per supervised token, of the average of the factors."""
+    se: float
+    """Of the paired difference to the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +78,12 @@ class Look:
     capped: bool = False
     """Decided because the search's time was up, not because the pick was stable."""
     reason: str = ""
+    rates: tuple[Rated, ...] = ()
+    """Learning rates that were compared at this look (see `Opening`)."""
+    lr_scale: float = 1.0
+    """The one that the training goes on with."""
+    chance: float | None = None
+    """By how much two trainings differ that are alike but for the draw of their initial factors, in nats."""
 
 
 class Bench(Protocol):
@@ -70,8 +100,16 @@ class Bench(Protocol):
         """Each present candidate as it is."""
         ...
 
+    def averaged(self) -> list[Trial]:
+        """The average of each present candidate over its later steps (train/average.py)."""
+        ...
+
     def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:
         """The best approximations of one candidate's update at these ranks."""
+        ...
+
+    def pooled(self, index: int, rank: int) -> tuple[Trial, dict[str, int]]:
+        """One candidate's update with the parameters of this rank spread over the layers, and each layer's rank."""
         ...
 
 
@@ -81,8 +119,13 @@ class Strategy(Protocol):
     @property
     def name(self) -> str: ...
 
-    def start(self) -> tuple[int, ...]:
-        """The ranks of the candidates that begin the run."""
+    @property
+    def averages(self) -> bool:
+        """Whether averages of several candidates will be asked for."""
+        ...
+
+    def start(self) -> tuple[Start, ...]:
+        """The candidates that begin the run."""
         ...
 
     def next_look(self, looks: Sequence[Look]) -> int | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rankrace.bank import Bank, Candidates, Spectrum, carried
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, size_buckets, validation_batches
+from rankrace.train.average import Average
 from rankrace.train.model import PackedModel
 from rankrace.train.optimizer import BankAdamW, Optimizer
 from rankrace.train.passes import Eager, Graphs
@@ -88,6 +89,8 @@ class Trainer(Generic[B]):
         self.lr_K: tuple[float, ...] = ()
         self.tokens = 0
         self.seconds = 0.0
+        self.average: Average | None = None
+        """Of the values, since `follow`."""
         self._epoch: tuple[int, list[Batch]] = (-1, [])
         self.passes = Graphs(model, size_buckets(self.sizes(), GRAPH_SIZES)) if recipe.graphs else Eager(model)
 
@@ -99,6 +102,11 @@ class Trainer(Generic[B]):
         self.optimizer: Optimizer = BankAdamW(
             self.bank.values, self.bank.gradients, weight_decay=self.recipe.weight_decay, clip=self.recipe.clip
         )
+        self.average = None
+
+    def follow(self) -> None:
+        """From now on the average of the values is kept too; new candidates have none."""
+        self.average = Average(self.bank.values)
 
     def start(self: "Trainer[Bank]", candidates: Candidates, lr_K: Sequence[float]) -> None:
         """These candidates, with fresh optimiser state."""
@@ -111,6 +119,7 @@ class Trainer(Generic[B]):
         self.lr_K = tuple(self.lr_K[i] for i in indices)
         assert isinstance(self.optimizer, BankAdamW)
         self.optimizer = self.optimizer.keep(self.bank.values, self.bank.gradients, indices)
+        self.average = None if self.average is None else self.average.keep(self.bank.values, indices)
 
     def cut(
         self: "Trainer[Bank]", index: int, cuts: Candidates, whole: Mapping[str, Spectrum], lr_K: Sequence[float]
@@ -152,6 +161,8 @@ class Trainer(Generic[B]):
                     loss_K[active] += self.passes.run(row, active, share)
         factor = self.schedule.at(self.step)
         self.optimizer.step([lr * factor for lr in self.lr_K])
+        if self.average is not None:
+            self.average.add()
         self.step += 1
         self.tokens += sum(row.input_ids_T.shape[0] for row in rows)
         return loss_K

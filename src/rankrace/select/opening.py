@@ -1,0 +1,92 @@
+"""opening: before a strategy that starts with one candidate, several learning rates of it, side by side.
+
+A learning rate that is off looks like an effect of the rank, and costs more than any rank does (docs/selection.md). The
+candidates differ in nothing else, so the comparison is paired; the averages of their factors are compared, since a
+large rate's values themselves look worse until the end of the schedule than what they have learnt.
+
+A twin, alike but for the draw of its initial factors, shows how much of a difference between two trainings is chance.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rankrace.errors import RankraceError
+from rankrace.select.objective import Objective, Trial
+from rankrace.select.statistics import paired_difference
+from rankrace.select.strategy import Bench, Keep, Look, Rated, Start, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """Args:
+    inner: takes over, with the candidate that is kept; must start with one.
+    scales: of the learning rate; 1 is among them.
+    twin: with one.
+    look_step: when to decide, not after the inner strategy's first look.
+    """
+
+    inner: Strategy
+    scales: tuple[float, ...]
+    twin: bool
+    look_step: int
+    objective: Objective
+    averages: bool = True
+
+    def __post_init__(self) -> None:
+        assert 1.0 in self.scales
+        assert len(self.inner.start()) == 1
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def start(self) -> tuple[Start, ...]:
+        (only,) = self.inner.start()
+        twins = (replace(only, draw=1),) if self.twin else ()
+        return (*(replace(only, lr_scale=scale) for scale in self.scales), *twins)
+
+    def next_look(self, looks: Sequence[Look]) -> int | None:
+        if not looks:
+            return self.look_step
+        step = self.inner.next_look(looks[1:])
+        return None if step is None else max(step, looks[0].step)
+
+    def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
+        if not looks:
+            return self.choose(step, bench)
+        return replace(self.inner.look(step, looks[1:], bench), lr_scale=looks[0].lr_scale)
+
+    def choose(self, step: int, bench: Bench) -> Look:
+        """The rate of lowest loss; the one given, where it is within one paired standard error of that."""
+        held = bench.held
+        trials = bench.averaged()
+        rated = trials[: len(self.scales)]
+
+        def difference(a: Trial, b: Trial) -> tuple[float, float]:
+            return paired_difference(a.loss_N, b.loss_N, held.tokens_N, held.cluster_N)
+
+        losses = [float(t.loss_N.sum() / held.tokens_N.sum()) for t in rated]
+        if not np.isfinite(losses).any():
+            raise RankraceError(
+                "every learning rate that was tried diverged (loss is NaN or infinite)",
+                why="nothing is left to choose from",
+                fix="lower --lr, or name smaller ones in --lr-scales (in another --out)",
+            )
+        best, given = int(np.nanargmin(losses)), self.scales.index(1.0)
+        compared = [difference(t, rated[best]) for t in rated]
+        behind, se = compared[given]
+        pick = given if np.isfinite(behind) and behind <= np.nan_to_num(se) else best
+        chance = abs(difference(trials[-1], rated[given])[0]) if self.twin else None
+        return Look(
+            step=step,
+            verdict=self.objective.judge([rated[pick]], held),
+            action=Keep(indices=(pick,)),
+            rates=tuple(
+                Rated(lr_scale=scale, loss=loss, se=0.0 if i == best else compared[i][1])
+                for i, (scale, loss) in enumerate(zip(self.scales, losses, strict=True))
+            ),
+            lr_scale=self.scales[pick],
+            chance=chance,
+        )

@@ -1,0 +1,117 @@
+"""race: cut one wide candidate to several ranks, let them heal side by side, drop the worst, keep the winner.
+
+All start from the same update, so that none is ahead for being small; what a cut takes away that can be learnt again is
+learnt again before it counts. Dearer than `shrink`, which takes the cut itself for the answer: each heat trains several.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rankrace.select.objective import Edge, Objective, Trial, Verdict
+from rankrace.select.strategy import Action, Bench, Cut, Keep, Look, Start, holder, refined
+
+PROBE = 0.10
+"""The wide candidate's part of the training."""
+HEATS = (0.12, 0.15, 0.20)
+"""When the ranks are compared; at the last one the choice is made."""
+MOST = 4
+"""Ranks in the race."""
+WORSE = 2.0
+"""Paired standard errors by which a rank must be behind to be dropped before the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """Args:
+    wide: the rank that starts.
+    ranks: what may be picked, by rising rank, below `wide`; with `refine` the integers between too.
+    """
+
+    total_steps: int
+    wide: int
+    ranks: tuple[int, ...]
+    refine: bool
+    objective: Objective
+    name: str = "race"
+    averages: bool = True
+
+    def start(self) -> tuple[Start, ...]:
+        return (Start(rank=self.wide),)
+
+    @property
+    def look_steps(self) -> list[int]:
+        """The probe's end and the heats', at least a step apart."""
+        steps: list[int] = []
+        for fraction in (PROBE, *HEATS):
+            steps.append(max(round(fraction * self.total_steps), steps[-1] + 1 if steps else 1))
+        return [s for s in steps if s < self.total_steps] or [1]
+
+    def next_look(self, looks: Sequence[Look]) -> int | None:
+        if looks and looks[-1].final:
+            return None
+        return self.look_steps[len(looks)]
+
+    def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
+        last = len(looks) + 1 == len(self.look_steps)
+        return self.probe(step, bench, last) if not looks else self.heat(step, looks, bench, last)
+
+    def probe(self, step: int, bench: Bench, last: bool) -> Look:
+        """Which ranks race. A cut is the worst case of a rank: where even it is good enough, no larger one is needed."""
+        ladder = sorted({1, *self.ranks})
+        verdict = self.objective.judge(bench.truncated(0, ladder), bench.held)
+        enough = next((r for r in self.ranks if r >= verdict.pick), self.ranks[-1])
+        racers = tuple(r for r in self.ranks if r <= enough)[-MOST:]
+        if last or len(racers) == 1:
+            words = "a training too short for a race" if last else "even cut to it, the update loses nothing that counts"
+            return Look(
+                step=step,
+                verdict=replace(verdict, pick=enough),
+                action=Cut(index=0, ranks=(enough,)),
+                final=True,
+                edge=edge_of(enough, self.ranks),
+                reason=f"{words}; no rank was trained beside it",
+            )
+        return Look(step=step, verdict=verdict, action=Cut(index=0, ranks=racers))
+
+    def heat(self, step: int, looks: Sequence[Look], bench: Bench, last: bool) -> Look:
+        # What rank buys, from the first heat: later ones lack the ranks that were dropped.
+        bought = looks[1].verdict.bought if len(looks) > 1 else None
+
+        def judge(trials: Sequence[Trial]) -> Verdict:
+            return self.objective.judge(trials, bench.held, bought)
+
+        trials = bench.averaged()
+        verdict = judge(trials)
+        pick, best = verdict.at(verdict.pick), verdict.at(verdict.best)
+        staying = tuple(
+            i
+            for i, r in enumerate(bench.ranks)
+            # One that is larger than the pick and no better would cost more and give nothing.
+            if (p := verdict.at(r)).alive
+            and p.objective - best.objective <= max(WORSE * p.se, pick.objective - best.objective)
+            and (r <= best.rank)
+        )
+        if not last and len(staying) > 1:
+            action: Action = Keep(indices=staying)
+            return Look(step=step, verdict=verdict, action=action)
+        raced = ", ".join(map(str, bench.ranks))
+        reason = f"ranks {raced} had been cut from {self.wide} and trained on side by side"
+        if self.refine:
+            verdict = refined(verdict, trials, bench, judge)
+        source = holder(bench.ranks, verdict.pick)
+        trained = verdict.at(verdict.pick).source == "direct"
+        if not trained:
+            reason += f", and {verdict.pick} was cut from {bench.ranks[source]}"
+        return Look(
+            step=step,
+            verdict=verdict,
+            action=Keep(indices=(source,)) if trained else Cut(index=source, ranks=(verdict.pick,)),
+            final=True,
+            edge=edge_of(verdict.pick, self.ranks),
+            reason=reason,
+        )
+
+
+def edge_of(pick: int, ranks: Sequence[int]) -> Edge:
+    """Whether the pick is the smallest or largest rank that could have been picked."""
+    return "low" if pick <= ranks[0] else "high" if pick >= ranks[-1] else None
