@@ -156,6 +156,7 @@ def choose(session: Session, progress: Progress) -> Selection:
     trainer, run = session.trainer, session.search
     progress.start(trainer.total, 0, 0)
     for loss_K in run.run(only_choice=True):
+        progress.say_new(trainer.notes)
         if progress.due(trainer.step):
             losses = loss_K.tolist()
             alarm_if_diverged(losses, trainer.step)

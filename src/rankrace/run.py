@@ -159,6 +159,7 @@ def drive(session: Session, folder: OutputFolder, clock: Clock, progress: Progre
         save_checkpoint(folder.checkpoints, trainer.step, session.tensors(), state)
 
     for loss_K in search.run():
+        progress.say_new(trainer.notes)
         if search.decided and not decided:
             decided = True
             progress.say(decision_line(session))
@@ -313,7 +314,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
             dropped=data.train.dropped + data.validation.dropped,
             sha256=data.sha256,
         ),
-        notes=[*data.notes, *session.notes],
+        notes=[*data.notes, *session.notes, *trainer.notes],
         versions=versions(bank.device),
         seed=config.seed,
     )
