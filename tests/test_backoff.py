@@ -204,7 +204,7 @@ def test_out_of_memory_is_told_by_type_words_and_cause() -> None:
             try:
                 raise inner
             finally:
-                raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B012
+                raise RuntimeError("operation failed due to a previous error during capture")
         except RuntimeError as error:
             return error
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankrace._version import __version__
 from rankrace.bank import adapter_of, lora_config, save_adapter
 from rankrace.config import RunConfig
-from rankrace.data import encode_splits, make_encoder, read_splits
+from rankrace.data import Data, encode_splits, make_encoder, read_splits
 from rankrace.data.checks import check_encoded
 from rankrace.data.encoded import Task
 from rankrace.errors import RankraceError
@@ -109,6 +109,16 @@ def resume_command(folder: OutputFolder) -> str:
 def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTrainedTokenizerBase, Clock]:
     """Everything up to the first step; writes nothing."""
     clock = Clock()
+    data, model, tokenizer, task = load(config, progress)
+    progress.phase("measuring the base model")
+    began = time.perf_counter()
+    session = prepare(config, data, model, task)
+    clock.evaluation = time.perf_counter() - began
+    return session, tokenizer, clock
+
+
+def load(config: RunConfig, progress: Progress) -> tuple[Data, PreTrainedModel, PreTrainedTokenizerBase, Task]:
+    """Data and model, checked; what was found is said."""
     device = chosen_device(config.device)
     progress.phase("reading the data")
     task = task_of(config)
@@ -129,11 +139,7 @@ def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTra
         labels=data.labels,
     ):
         progress.say(f"Note: {finding}")
-    progress.phase("measuring the base model")
-    began = time.perf_counter()
-    session = prepare(config, data, model, task)
-    clock.evaluation = time.perf_counter() - began
-    return session, tokenizer, clock
+    return data, model, tokenizer, task
 
 
 def task_of(config: RunConfig) -> Task:

@@ -18,7 +18,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.errors import RankraceError
-from rankrace.plan import LookPlan, resolved
+from rankrace.plan import LookPlan, resolved, widest
 from rankrace.select.grid import Grid
 from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held, Objective, log2_penalty
@@ -98,21 +98,28 @@ class Session:
         self.search.state = _state.validate_python(state["search"])
 
 
-def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task) -> Session:
-    """Attaches the bank, checks that the model can run packed, measures the base, and readies the strategy."""
+def ready(
+    config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task
+) -> tuple[RunConfig, Trainer[Bank], LookPlan]:
+    """Attaches the bank, checks that the model can run packed, and decides what is decided before the first step."""
     bank = Bank(hf_model, target_modules=config.target_modules, seed=config.seed, dropout=config.dropout)
     bank.check_ranks(config.ranks)
-    config = resolved(config, data, bank, task)
-    assert config.lr is not None
-    assert config.micro_tokens is not None
-    lr = config.lr
     model = PackedModel(hf_model, bank, task)
     shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
     model.verify(model.pack(data.train.examples, shortest))
+    config = resolved(config, data, model, task)
+    assert config.micro_tokens is not None
     if config.compile == "on":
         compile_blocks(bank)
     trainer = Trainer(model, data.train.examples, recipe_of(config, config.micro_tokens))
-    plan = LookPlan.of(config, data, trainer)
+    return config, trainer, LookPlan.of(config, data, trainer)
+
+
+def prepare(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task) -> Session:
+    """Readies the loop, measures the base, and readies the strategy."""
+    config, trainer, plan = ready(config, data, hf_model, task)
+    assert config.lr is not None
+    lr, bank = config.lr, trainer.bank
     strategy = make_strategy(config, trainer.total, bank, plan)
     looked, fresh, notes = divide(data.validation.examples, plan, config.seed)
     with bank.off():
@@ -164,7 +171,7 @@ def make_strategy(config: RunConfig, total: int, bank: Bank, plan: LookPlan) -> 
     if config.strategy == "grid":
         at = max(1, round(config.search_fraction * total))
         return Grid(ranks=ranks, look_step=at, refine=config.refine, objective=objective)
-    wide = min(2 * ranks[-1], bank.largest_rank)
+    wide = widest(ranks[-1], bank)
     return Shrink(
         total_steps=total,
         fractions=plan.fractions,

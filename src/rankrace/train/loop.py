@@ -192,8 +192,12 @@ class Trainer(Generic[B]):
 
     def groups(self, row: Packed, K: int) -> list[slice]:
         """Candidates side by side as far as the token budget reaches, the rest one group after another."""
-        size = max(1, min(K, self.recipe.micro_tokens // row.input_ids_T.shape[0]))
+        size = self.abreast(row.size.tokens, K)
         return [slice(k, min(k + size, K)) for k in range(0, K, size)]
+
+    def abreast(self, tokens: int, K: int) -> int:
+        """How many of K candidates a row of so many tokens runs with side by side."""
+        return max(1, min(K, self.recipe.micro_tokens // tokens))
 
     def batch(self, step: int) -> Batch:
         epoch, index = divmod(step, self.per_epoch)

@@ -22,7 +22,7 @@ from rankrace.train.loss import chunked_cross_entropy
 from rankrace.train.model import PackedModel
 
 PROBE_LENGTH = 256
-"""Tokens of the longest example in a probe, if any is as long: its rows of 256 and 512 fit where any training does."""
+"""Tokens of the longest example in a probe, if any is as long; rows of 256 and 512 fit where any training does."""
 HOST_SLACK = 1.15
 """Memory of a process over that of its tensors: libraries' buffers, and gaps that malloc leaves (docs/log.md)."""
 
