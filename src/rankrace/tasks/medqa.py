@@ -28,7 +28,7 @@ def _read(root: Path | None, seed: int) -> Splits:
         train, test = (_medqa_rows(read_hub(HUB, None, split)) for split in ("train", "test"))
         return hold_out(train, test, seed)
     own, test = (_medqa_rows(read_file(root / "medqa" / f"{split}.4options.jsonl")) for split in ("dev", "test"))
-    other = _medmcqa_rows(read_file(root / "medmcqa" / "validation.jsonl"))
+    other = medmcqa_rows(read_file(root / "medmcqa" / "validation.jsonl"))
     parts = hold_out(own, test, seed, fraction=0.25)
     more = without_copies(other, parts.validation + test)
     how = f"{len(parts.validation):,} rows of MedQA's dev part held out by seed {seed}; train has MedMCQA too"
@@ -49,7 +49,7 @@ def _medqa_rows(rows: Rows) -> Rows:
     return [_row(row["question"], [row["options"][name] for name in LETTERS], row["answer_idx"]) for row in rows]
 
 
-def _medmcqa_rows(rows: Rows) -> Rows:
+def medmcqa_rows(rows: Rows) -> Rows:
     """Options and answer as text: "A. ...", one a line."""
     return [
         _row(row["question"], [line[2:] for line in row["options"].split("\n")], row["answer"][0]) for row in rows

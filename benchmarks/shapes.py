@@ -1,0 +1,127 @@
+"""What the measurements share: models by their shapes, real lengths of examples, a clock."""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from itertools import pairwise
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks.lengths import Lengths
+from rankrace.data import Data
+from rankrace.data.encoded import NO_LABEL, Encoded, EncodedSet
+
+SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "vocab_size": 512},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "tie_word_embeddings": True, "vocab_size": 49152},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "vocab_size": 32000},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+            "vocab_size": 32000},
+}  # fmt: skip
+
+
+def random_model(shape: str, device: torch.device, layers: int | None = None) -> PreTrainedModel:
+    """A LLaMA with random weights, bfloat16 on a GPU: time and memory do not depend on the values."""
+    config = LlamaConfig(max_position_embeddings=4096, **SHAPES[shape])
+    if layers is not None:
+        config.num_hidden_layers = layers
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    try:
+        torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        with device:
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def made_up(lengths: Lengths, vocabulary: int, rows: int | None = None) -> list[Encoded]:
+    """Examples of these lengths with random tokens, the last ones supervised; over and over up to `rows`."""
+    generator = np.random.default_rng(0)
+    examples = [
+        Encoded(
+            input_ids=generator.integers(vocabulary, size=tokens, dtype=np.int32),
+            supervised=np.arange(tokens) >= tokens - supervised,
+            label=NO_LABEL,
+            group=i,
+            row=i,
+        )
+        for i, (tokens, supervised) in enumerate(zip(lengths.tokens, lengths.supervised, strict=True))
+    ]
+    rows = len(examples) if rows is None else rows
+    return (examples * -(-rows // len(examples)))[:rows]
+
+
+def made_up_data(lengths: Lengths, vocabulary: int, *, train: int, validation: int) -> Data:
+    """So many rows on either side."""
+
+    def side(rows: int) -> EncodedSet:
+        examples = made_up(lengths, vocabulary, rows)
+        supervised = sum(int(e.supervised.sum()) for e in examples)
+        return EncodedSet(examples=examples, truncated=0, dropped=0, supervised_tokens=supervised)
+
+    return Data(train=side(train), validation=side(validation), labels=None, format="", how_split="", sha256="",
+                notes=[])  # fmt: skip
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the figures depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"device": name, **{p: version(p) for p in ("torch", "transformers", "peft")}}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def forget(device: torch.device) -> None:
+    """Frees what nobody holds any more, compiled code as well, and starts to look for the peak anew."""
+    torch.compiler.reset()
+    empty(device)
+    reset_peak(device)
+
+
+def empty(device: torch.device) -> None:
+    """Gives back what the allocator keeps."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def clearings(device: torch.device) -> int:
+    """How often the allocator had to give everything back to go on: its memory is too tight then to be fast."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if device.type == "cuda" else 0
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """0 on a CPU, where a process has one peak for all its parts."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
+def milliseconds(go: Callable[[int], object], steps: Sequence[int], device: torch.device) -> list[float]:
+    """Of each step. On a GPU by events between the steps, so that the host may run ahead as it does in a run."""
+    if device.type != "cuda":
+        ticks = [time.perf_counter()]
+        for i in steps:
+            go(i)
+            ticks.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in pairwise(ticks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+    events[0].record()
+    for i, event in zip(steps, events[1:], strict=True):
+        go(i)
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
