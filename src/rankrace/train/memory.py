@@ -8,7 +8,7 @@ import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
@@ -48,26 +48,9 @@ def free_caches() -> None:
 # --- gauges
 
 
-class Gauge(Protocol):
-    """Bytes that came into being since it was switched on and are still alive."""
-
-    @property
-    def bytes(self) -> int: ...
-
-    @property
-    def peak(self) -> int:
-        """The most there were since the last `restart`."""
-        ...
-
-    def restart(self) -> None: ...
-
-    def __enter__(self) -> "Gauge": ...
-
-    def __exit__(self, *_: Any) -> None: ...
-
-
 class Allocator:
-    """What torch's allocator counts on a GPU."""
+    """Bytes that came into being since it was switched on and still live, and the most since the last `restart`:
+    what torch's allocator counts on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -138,7 +121,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(tuple(value.values()))
 
 
-def gauge(device: torch.device) -> Gauge:
+def gauge(device: torch.device) -> Allocator | Meter:
     return Allocator(device) if device.type == "cuda" else Meter()
 
 
