@@ -77,12 +77,19 @@ def alone(
         if dropout:
             layer.lora_dropout["default"] = SameDropout(index, keys, dropout)
     peft_model.double()
+    return plain_steps(peft_model, reference, lr, keys=keys), peft_model
+
+
+def plain_steps(peft_model: PeftModel, reference: Trainer, lr: float, keys: DropoutKeys | None = None) -> list[float]:
+    """Trains it as the trainer would, on the same batches; losses of each step."""
+    recipe, classes = reference.recipe, reference.model.task == "classification"
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=recipe.weight_decay)
     losses = []
     for step in range(STEPS):
         batch = [i for row in reference.batch(step).micros for i in row]
-        keys.renew(step, 0)
+        if keys is not None:
+            keys.renew(step, 0)
         total, targets = torch.zeros((), dtype=torch.float64), 0
         for i in batch:
             e = reference.train[i]
@@ -103,7 +110,7 @@ def alone(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, peft_model
+    return losses
 
 
 def same_factors(trainer: Trainer, k: int, peft_model: PeftModel) -> None:

@@ -3,7 +3,10 @@
 import ast
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +189,61 @@ def test_another_seed_gives_another_result(causal: Trained, tmp_path: Path) -> N
     ran = rankrace("train", "--config", causal.out / "config.yaml", "--out", tmp_path / "out", "--seed", 5)
     assert ran.code == 0, ran.err
     assert Result.read(tmp_path / "out" / "result.json").loss.final != causal.result.loss.final
+
+
+def test_the_winner_of_a_grid_is_what_it_would_have_been_alone(causal: Trained, tmp_path: Path) -> None:
+    """The same factors in float64: being chosen among others changed nothing in its training."""
+    options = ["--model", causal.model, "--data", causal.data, "--strategy", "grid", "--no-refine", "--max-steps", 8]
+    options += ["--batch-size", 8, "--lr", "1e-2", "--dropout", "0.1", "--dtype", "float64"]
+    ran = rankrace("train", *options, "--ranks", "2,4,8", "--out", tmp_path / "race")
+    assert ran.code == 0, ran.err
+    result = Result.read(tmp_path / "race" / "result.json")
+    assert sorted((c.rank, c.status == "winner") for c in result.candidates) == [
+        (rank, rank == result.rank) for rank in (2, 4, 8)
+    ]
+    checkpoint = json.loads((tmp_path / "race" / "checkpoints" / "step-000008" / "state.json").read_text())
+    spent = checkpoint["session"]["search"]
+    assert min(spent["look_seconds"], spent["loser_seconds"]) > 0
+    assert result.time.search_s == pytest.approx(spent["look_seconds"] + spent["loser_seconds"])
+    assert result.time.total_s > result.time.search_s + result.time.evaluation_s
+    ran = rankrace("train", *options, "--ranks", result.rank, "--out", tmp_path / "alone")
+    assert ran.code == 0, ran.err
+    raced, alone = (loaded_tensors(tmp_path / name / "adapter") for name in ("race", "alone"))
+    assert raced.keys() == alone.keys()
+    for name, tensor in raced.items():
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-12)
+
+
+def test_a_terminal_without_the_signs(causal: Trained, tmp_path: Path) -> None:
+    """Latin-1 has ±, but neither → nor the brackets of the preview."""
+    for command, said in (("train", "loss        "), ("preview", "0 plus 0 is? 0<|im_end|>?")):
+        given = ["--model", causal.model, "--data", causal.data, *SHORT, "--out", tmp_path / "out"]
+        ran = subprocess.run(
+            [sys.executable, "-m", "rankrace.cli", command, *map(str, given)],
+            env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+            capture_output=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert said in ran.stdout.decode("latin-1")
+
+
+def test_texts_longer_than_the_model_takes(classifying: Trained, tmp_path: Path) -> None:
+    """The default --max-length is above BERT's number of positions."""
+    rows = [*PARITIES, *({**row, "text": row["text"] + " and" * 600} for row in PARITIES[:4])]
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    ran = rankrace("train", "--model", classifying.model, "--data", data, "--out", tmp_path / "out", *SHORT)
+    assert ran.code == 0, ran.err
+    assert re.search(r"Cut \d of \d\d training examples to 512 tokens, the most that the model takes\.", ran.err)
+
+
+def test_an_edge_is_said_beside_the_rank(causal: Trained, tmp_path: Path) -> None:
+    given = ["--model", causal.model, "--data", causal.data, *SHORT, "--strategy", "grid", "--no-refine"]
+    for command in ("train", "search"):
+        ran = rankrace(command, *given, "--ranks", 3, "--out", tmp_path / "out")
+        assert ran.code == 0, ran.err
+        assert "but         Edge of the search: 3 is the smallest rank there was to choose." in ran.out
+        assert "Not confident" not in ran.out, "the edge is why"
 
 
 def test_resuming_a_finished_run_says_so(causal: Trained) -> None:

@@ -341,6 +341,13 @@ def test_classification_cuts_the_longer_text_first(bert: PreTrainedTokenizerBase
     assert found.truncated == 1
 
 
+def test_nothing_is_longer_than_the_model_takes(bert: PreTrainedTokenizerBase) -> None:
+    """BERT has no position for the 513th token."""
+    found = encode_all([LabelledText("a " * 600, None, "no"), LabelledText("a", None, "no")], classifier(bert, 1024))
+    assert [len(e) for e in found.examples] == [512, 3]
+    assert found.truncated == 1
+
+
 def test_classification_without_token_types() -> None:
     tokenizer = llama_like()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]

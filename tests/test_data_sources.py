@@ -157,7 +157,7 @@ def test_folder_faults(tmp_path: Path) -> None:
 # --- files that cannot be read
 
 
-def test_missing_file_names_near_ones(tmp_path: Path) -> None:
+def test_missing_file_names_near_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / "unrelated.csv", ROWS)
     with pytest.raises(RankraceError) as caught:
@@ -167,6 +167,9 @@ def test_missing_file_names_near_ones(tmp_path: Path) -> None:
     assert "unrelated" not in caught.value.why
     with pytest.raises(RankraceError, match="is empty or no folder"):
         load_rows(str(tmp_path / "nowhere" / "train.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RankraceError, match=r"this folder has train\.jsonl"):
+        load_rows("trian.jsonl")
 
 
 FAULTS = [

@@ -116,6 +116,50 @@ def test_nothing_there(data: str, words: list[str], command: str, kit: Kit, tmp_
     assert_refused(kit.run(command, tmp_path / "out", "--data", tmp_path / data), *words, within=tmp_path, left=there)
 
 
+@pytest.mark.parametrize("command", READ)
+@pytest.mark.parametrize("option", ["--data", "--validation", "--model"])
+def test_a_name_that_no_system_takes(option: str, command: str, kit: Kit, tmp_path: Path) -> None:
+    name = "n" * 300 + ".jsonl"
+    ran = kit.run(command, tmp_path / "out", option, name)
+    assert_refused(ran, name, "cannot load the model" if option == "--model" else "there is no file", within=tmp_path)
+
+
+@pytest.mark.parametrize("command", READ)
+def test_a_file_that_cannot_be_read(command: str, kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there, but opening it is refused; root, who may run the tests, is never refused."""
+    original = Path.read_text
+
+    def refused(self: Path, *args: Any, **kwargs: Any) -> str:
+        if self.name == "rows.jsonl":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return original(self, *args, **kwargs)
+
+    (tmp_path / "rows.jsonl").write_bytes(TWO)
+    monkeypatch.setattr(Path, "read_text", refused)
+    ran = kit.run(command, tmp_path / "out", "--data", tmp_path / "rows.jsonl")
+    said = ["rows.jsonl cannot be read", "Permission denied", "check the file's permissions"]
+    assert_refused(ran, *said, within=tmp_path, left=["rows.jsonl"])
+
+
+@pytest.mark.parametrize("command", READ)
+def test_a_folder_that_cannot_be_read(
+    command: str, kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Path.iterdir
+
+    def refused(self: Path) -> Iterator[Path]:
+        if self.name == "rows":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return original(self)
+
+    (tmp_path / "rows").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refused)
+        ran = kit.run(command, tmp_path / "out", "--data", tmp_path / "rows")
+    said = ["rows cannot be read: Permission denied", "check the folder's permissions"]
+    assert_refused(ran, *said, within=tmp_path, left=["rows"])
+
+
 VALIDATION: dict[str, tuple[bytes | None, Sequence[str]]] = {
     "missing": (None, ["there is no file", "held-out.jsonl"]),
     "no rows": (b"", ["held-out.jsonl has no rows"]),
@@ -243,6 +287,10 @@ VALUES: dict[str, tuple[list[str], Sequence[str]]] = {
     "not positive": (["--lr", "-1"], ["--lr '-1'", "greater than 0"]),
     "NaN": (["--lr", "nan"], ["--lr 'nan'"]),
     "all held out": (["--validation-fraction", "1"], ["--validation-fraction '1'", "less than 1"]),
+    "no data": (["--data", ""], ["--data is empty", "a shell variable that is not set"]),
+    "no folder": (["--out", ""], ["--out is empty"]),
+    "no name": (["--model", ""], ["--model is empty"]),
+    "no held-out rows": (["--validation", ""], ["--validation is empty"]),
     "no such file": (["--config", "nowhere.yaml"], ["cannot read the configuration nowhere.yaml", "No such file"]),
 }
 
@@ -290,6 +338,7 @@ def test_a_folder_as_the_configuration(kit: Kit, tmp_path: Path) -> None:
     [
         (["train"], ["--model is missing"]),
         (["search", "--model", "m"], ["--data is missing", "give --data"]),
+        (["bench"], ["Missing command", "--help"]),
         (["trian"], ["No such command 'trian'", "'train'"]),
         (["merge"], ["Missing argument", "adapter"]),
         (["merge", "adapter"], ["Missing option", "--out"]),
@@ -355,6 +404,12 @@ def test_the_output_folder_holds(case: str, kit: Kit, finished: Path, tmp_path: 
     ran = kit.run("train", out, "--save-every", 2, *options)
     assert_refused(ran, str(out), *words)
     assert contents(tmp_path) == before
+
+
+def test_an_output_folder_whose_name_no_system_takes(kit: Kit, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / ("n" * 300)
+    for ran in (kit.run("train", out), rankrace("merge", finished / "adapter", "--out", out)):
+        assert_refused(ran, "cannot write", "File name too long", "choose another --out", within=tmp_path)
 
 
 @pytest.mark.parametrize("below", [(), ("deeper", "still")])

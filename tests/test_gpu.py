@@ -12,11 +12,12 @@ Shapes: K candidates, T tokens, N examples, H heads, D head width.
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from examples import examples
@@ -194,6 +195,28 @@ def test_graphs_of_compiled_blocks_and_no_compilation_after_warm_up() -> None:
 
     replayed, _ = trained(model, replace(RECIPE, graphs=True), warm)
     torch._dynamo.config.error_on_recompile = False
+    assert (losses - replayed).abs().max() < 0.03
+
+
+def test_ranks_of_their_own_for_each_layer() -> None:
+    """Layers padded each to its own rank, as if all were padded to the largest; eagerly and as graphs."""
+    model = prepared()
+    bank = model.bank
+    allocation = dict(zip(bank.layers, cycle((0, 12, 3)), strict=False))
+    cuts = bank.candidates.truncations(2, (4, 4, 2), (4.0, 4.0, 8.0), allocations=(None, allocation, None))
+    wide = {
+        n: (pad(A, (0, 0, 0, 16 - A.shape[1])), pad(B, (0, 16 - B.shape[2]))) for n, (A, B) in cuts.factors.items()
+    }
+    bank.load(replace(cuts, factors=wide))
+    expected = [one_pass(model, *case) for case in CASES]
+    flat = bank.gradients
+    bank.load(cuts)
+    assert {A.shape[1] for A, _ in cuts.factors.values()} == {8, 16}
+    for case, (losses, gradients) in zip(CASES, expected, strict=True):
+        flat.all_KP.copy_(gradients)
+        same(one_pass(model, *case), (losses, flat.kept(range(3), bank.gradients).all_KP))
+    losses, _ = trained(model, RECIPE)
+    replayed, _ = trained(model, replace(RECIPE, graphs=True))
     assert (losses - replayed).abs().max() < 0.03
 
 

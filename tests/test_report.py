@@ -208,6 +208,7 @@ WARNED = GOLDEN["decision"]
     [
         (result(decision=WARNED | {"edge": "high"}), "Edge of the search: 32 is the largest"),
         (result(decision=WARNED | {"edge": "low"}), "Edge of the search: 32 is the smallest"),
+        (result(decision=WARNED | {"edge": "high", "confident": False}), "Edge of the search: 32 is the largest"),
         (result(decision=WARNED | {"capped": True}), "Decided at the limit"),
         (result(decision=WARNED | {"confident": False}), "Not confident"),
         (result(loss={"base": 0.5, "final": 0.5, "final_se": None}), "No gain"),
@@ -309,6 +310,7 @@ def test_the_lora_config_makes_an_adapter_of_that_rank_and_multiplier(scaling: s
     assert (made.r, made.lora_dropout, made.rank_pattern) == (12, 0.05, {"v_proj": 4})
     assert made.target_modules == {"q_proj", "v_proj"}
     assert made.lora_alpha / (12**0.5 if scaling == "rslora" else 12) == pytest.approx(2.5)
+    assert made.alpha_pattern["v_proj"] / (4**0.5 if scaling == "rslora" else 4) == pytest.approx(2.5)
     assert made.use_rslora == (scaling == "rslora")
 
 

@@ -3,6 +3,7 @@
 The library is called as its users call it, `rankrace.search`; only tests that break into a run know more of it.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ def test_what_is_chosen(
     assert choice.learning_rate > 0
     assert all(point.source == "truncated" and point.se >= 0 for point in choice.curve)
     assert isinstance(choice.confident, bool)
+    assert bool(choice.doubts) == (not choice.confident)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -135,8 +137,29 @@ def test_the_same_twice_and_with_options_heeded(task: Task, folders: dict[Task, 
     assert choose(seed=1).curve != first.curve
     grid = choose(strategy="grid", refine=False)
     assert [(p.rank, p.source) for p in grid.curve] == [(2, "direct"), (4, "direct")]
+    assert "after 50% of the training" in choose(strategy="grid", search_fraction=0.5).reason
     assert choose(ranks=[3], refine=False).rank <= 3
     assert choose(lr=0.5).learning_rate == pytest.approx(0.5, rel=0.5)
+
+
+HEEDED: list[dict[str, Any]] = [
+    {"schedule": "constant"}, {"warmup": 0.5}, {"weight_decay": 0.5}, {"clip": 0.01}, {"dropout": 0.4}, {"alpha": 4},
+    {"scaling": "rslora"}, {"rank_lr": {8: 1e-2}}, {"batch_size": 4}, {"target_modules": ("q_proj",)},
+    {"template": "chat"}, {"max_length": 8}, {"train_max": 20}, {"validation_max": 3}, {"validation_fraction": 0.3},
+]  # fmt: skip
+
+
+def test_every_option_of_training_has_an_effect(folders: dict[Task, Path]) -> None:
+    """On what the candidates' losses are, to the last digit."""
+    model, tokenizer = loaded(folders["causal"], "causal")
+    rows = [*SUMS, *({"prompt": f"What, if I may ask, is {n} plus 1? It is", "completion": "!"} for n in range(9))]
+
+    def curve(**options: Any) -> list[float]:
+        choice = rankrace.search(model, tokenizer, rows, refine=False, **{**SHORT, **options})
+        return [point.loss for point in choice.curve]
+
+    plain = curve()
+    assert [name for changed in HEEDED for name in changed if curve(**changed) == plain] == []
 
 
 def test_the_configuration_is_that_of_the_options(folders: dict[Task, Path]) -> None:
@@ -153,6 +176,9 @@ def test_the_configuration_is_that_of_the_options(folders: dict[Task, Path]) -> 
     assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 12, 0.2)
     assert config.target_modules == {"q_proj", "v_proj"}
     assert eval(choice.code(), {"peft": peft}).to_dict() == config.to_dict()
+    options |= {"strategy": "grid", "max_steps": 2, "batch_size": 8, "scaling": "rslora"}
+    rooted = rankrace.search(model, tokenizer, SUMS, **options).lora_config()
+    assert rooted.lora_alpha == pytest.approx(12 * 3**0.5), "PEFT divides it by the rank, not by its root"
 
 
 def test_argmin_chooses_the_lowest_loss(folders: dict[Task, Path]) -> None:
@@ -163,10 +189,37 @@ def test_argmin_chooses_the_lowest_loss(folders: dict[Task, Path]) -> None:
         assert len({point.loss for point in choice.curve}) == len(choice.curve)
 
 
+def test_a_price_far_above_the_gain_chooses_the_smallest(folders: dict[Task, Path]) -> None:
+    model, tokenizer = loaded(folders["causal"], "causal")
+    choice = rankrace.search(model, tokenizer, SUMS, kappa=100.0, lr=1e-2, refine=False, **SHORT)
+    assert choice.rank == choice.curve[0].rank == 1
+    penalties = [point.penalty for point in choice.curve]
+    assert penalties == sorted(set(penalties))
+
+
 def test_given_validation_rows_choose(folders: dict[Task, Path]) -> None:
     model, tokenizer = loaded(folders["causal"], "causal")
     choice = rankrace.search(model, tokenizer, SUMS[:24], SUMS[24:30], **SHORT)
     assert "measured on 6 held-out examples" in choice.reason
+
+
+def test_errors_are_estimated_from_whole_documents(folders: dict[Task, Path]) -> None:
+    """Twelve rows are twelve examples; of one document they say nothing about the spread."""
+    model, tokenizer = loaded(folders["causal"], "causal")
+
+    def curve(document: str) -> dict[int, tuple[float, float]]:
+        rows = [{**row, "alone": str(n), "together": "one"} for n, row in enumerate(SUMS)]
+        choice = rankrace.search(
+            model, tokenizer, rows[:24], rows[24:], group_column=document, rule="argmin", refine=False, **SHORT
+        )
+        return {point.rank: (point.loss, point.se) for point in choice.curve}
+
+    with pytest.raises(rankrace.RankraceError, match=r"in 1 group\(s\) cannot be split"):
+        rankrace.search(model, tokenizer, [{**row, "together": "one"} for row in SUMS], group_column="together")
+    alone, together = curve("alone"), curve("together")
+    assert {rank: loss for rank, (loss, _) in alone.items()} == {rank: loss for rank, (loss, _) in together.items()}
+    assert all(se > 0 for rank, (loss, se) in alone.items() if loss > min(alone.values())[0])
+    assert all(math.isnan(se) for loss, se in together.values() if loss > min(together.values())[0])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -224,7 +277,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"ranks": ()}, ["--ranks ()"]),
     ({"ranks": (2, SMALLEST_LAYER + 1)}, [f"rank {SMALLEST_LAYER + 1} is outside 1 … {SMALLEST_LAYER}"]),
     *(({name: value}, [f"no use for the option '{name}'"]) for name, value in {
-        "data": "rows.jsonl", "out": "out", "resume": True, "save_every": 3, "device": "cpu", "dtype": "float64",
+        "data": "rows.jsonl", "out": "out", "resume": True, "save_every": 3, "track": "wandb",
+        "device": "cpu", "dtype": "float64",
     }.items()),
 ]  # fmt: skip
 

@@ -18,13 +18,13 @@ from rankrace.data.sources import SourceRows
 from rankrace.errors import RankraceError
 from rankrace.options import checked
 from rankrace.progress import Progress
-from rankrace.run import alarm_if_diverged, open_session, reason_of, task_of
+from rankrace.report.text import doubts
+from rankrace.run import alarm_if_diverged, decision_of, open_session, reason_of, task_of
 from rankrace.select.objective import Point
-from rankrace.select.reason import is_confident
 from rankrace.session import Session, prepare
 from rankrace.train.model import load_tokenizer, vocabulary_size
 
-NOT_OF_A_SEARCH = {"data", "out", "resume", "save_every", "device", "dtype"}
+NOT_OF_A_SEARCH = {"data", "out", "resume", "save_every", "track", "device", "dtype"}
 """Options that mean nothing where model and rows are given as they are."""
 
 
@@ -38,6 +38,8 @@ class Selection:
     """Loss, paired standard error, penalty and objective of every rank that was measured."""
     confident: bool
     edge: Literal["low", "high"] | None
+    doubts: tuple[str, ...]
+    """What to know before trusting the choice, in sentences."""
     learning_rate: float
     """Peak learning rate for this rank."""
     _config: LoraConfig
@@ -61,6 +63,8 @@ class Selection:
             "lora_alpha": c.lora_alpha,
             "target_modules": sorted(c.target_modules),
         }
+        if c.rank_pattern:
+            chosen |= {"rank_pattern": c.rank_pattern, "alpha_pattern": c.alpha_pattern}
         if c.lora_dropout:
             chosen["lora_dropout"] = c.lora_dropout
         if c.fan_in_fan_out:
@@ -82,7 +86,7 @@ def search(
     Args:
         train: rows in any of the known shapes, such as {"prompt": …, "completion": …}.
         validation: held-out rows; without them a part of `train` is held out.
-        options: any field of RunConfig but those of files (data, out, resume, save_every) and of loading the
+        options: any field of RunConfig but those of files (data, out, resume, save_every, track) and of loading the
             model (device, dtype).
 
     Raises:
@@ -161,13 +165,14 @@ def choose(session: Session, progress: Progress) -> Selection:
             losses = loss_K.tolist()
             alarm_if_diverged(losses, trainer.step)
             progress.update(trainer.step, run.ranks, losses, trainer.tokens)
-    look, bank = run.state.looks[-1], trainer.bank
+    look, bank, decision = run.state.looks[-1], trainer.bank, decision_of(session)
     return Selection(
         rank=look.verdict.pick,
         reason=reason_of(session),
         curve=look.verdict.points,
-        confident=is_confident(look),
-        edge=look.edge,
+        confident=decision.confident,
+        edge=decision.edge,
+        doubts=tuple(doubts(look.verdict.pick, decision)),
         learning_rate=run.setting(look.verdict.pick).lr,
         _config=lora_config(bank, adapter_of(bank, 0)),
     )

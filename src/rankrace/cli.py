@@ -4,6 +4,7 @@ What a command finds goes to stdout, so that it can be piped; everything else go
 """
 
 import inspect
+import io
 import sys
 import textwrap
 import types
@@ -58,6 +59,9 @@ def main() -> None:
     """Errors a user can mend end with code 2 and three lines; Ctrl-C with 130 and the command to go on."""
     from rankrace.interrupt import Interrupted
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where a terminal has no ± or →, no run shall end for it
+            stream.reconfigure(errors="replace")
     err = Console(stderr=True, highlight=False)
     on_one_line = not err.is_terminal
     try:
@@ -199,6 +203,7 @@ def shown_default(value: Any) -> str:
 @with_options
 def train(config: RunConfig) -> None:
     """Choose the rank, train, and write adapter, result.json and report.html."""
+    from rankrace.report.text import warnings as doubts_of
     from rankrace.run import train as run
 
     result = run(config)
@@ -206,6 +211,8 @@ def train(config: RunConfig) -> None:
     unit = "token" if result.task == "causal" else "example"
     say("rank", str(result.rank))
     say("reason", result.reason)
+    for doubt in doubts_of(result):
+        say("but", doubt)
     say("loss", f"{a.base:.4f} → {a.final:.4f} nats per {unit}")
     if b.base is not None and b.final is not None:
         say("accuracy", f"{b.base:.1%} → {b.final:.1%}")
@@ -232,6 +239,8 @@ def search(config: RunConfig) -> None:
     chosen = search_config(config)
     say("rank", str(chosen.rank))
     say("reason", chosen.reason)
+    for doubt in chosen.doubts:
+        say("but", doubt)
     out.print(chosen.code(), markup=False)
 
 
@@ -331,7 +340,7 @@ def evaluate(
         say(name, f"{value:.2f}" if isinstance(value, float) else str(value))
 
 
-bench = typer.Typer(help="Experiments: methods × tasks × seeds.", no_args_is_help=True)
+bench = typer.Typer(help="Experiments: methods × tasks × seeds.")
 app.add_typer(bench, name="bench")
 
 

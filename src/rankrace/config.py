@@ -104,5 +104,7 @@ class RunConfig(BaseModel):
     """Launch a whole pass at once. auto: on CUDA, where launching its kernels one by one would take longer."""
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps between checkpoints. Default: a twentieth of the run."""
+    track: Literal["none", "tensorboard", "trackio", "wandb", "mlflow"] = "none"
+    """Where else losses are followed, beside report and result.json. The package of that name is needed."""
     resume: bool = False
     """Continue the run in --out, or start it if there is none."""

@@ -1,6 +1,7 @@
 """An adapter merged into its base model, for serving without PEFT."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> float:
             more than rounding explains.
     """
     described = description(adapter)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise RankraceError(
             f"{out} is not an empty folder",
             why="what is there would be overwritten",

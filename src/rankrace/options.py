@@ -13,7 +13,7 @@ def checked(values: dict[str, Any]) -> RunConfig:
     """RunConfig from plain values, with errors a user can read.
 
     Raises:
-        RankraceError: an unknown option (with the nearest known one), or a value that it does not take.
+        RankraceError: an unknown option (with the nearest known one), an empty one, or a value that it does not take.
     """
     unknown = [key for key in values if key not in RunConfig.model_fields]
     if unknown:
@@ -22,6 +22,13 @@ def checked(values: dict[str, Any]) -> RunConfig:
             f"there is no option {unknown[0]!r}",
             why="it would be ignored in silence",
             fix=f"did you mean {near[0]!r}?" if near else "see `rankrace train --help`",
+        )
+    empty = next((key for key, value in values.items() if value == ""), None)
+    if empty is not None:
+        raise RankraceError(
+            f"--{empty.replace('_', '-')} is empty",
+            why="as a path that would be the present folder; a shell variable that is not set looks like this",
+            fix="give it a value, or leave it out",
         )
     try:
         return RunConfig(**values)

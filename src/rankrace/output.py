@@ -13,7 +13,7 @@ from rankrace.errors import RankraceError
 from rankrace.options import checked
 from rankrace.result import Result, replace_text
 
-MAY_DIFFER = {"out", "resume", "device", "save_every", "micro_tokens", "compile", "cuda_graphs"}
+MAY_DIFFER = {"out", "resume", "device", "save_every", "micro_tokens", "compile", "cuda_graphs", "track"}
 """Options that a resumed run may change without becoming another run."""
 UNRESOLVED = (None, "auto")
 """Values that leave the choice to the run: whatever it came to is no other option."""
@@ -43,7 +43,7 @@ class OutputFolder:
         """
         self.check_writable()
         mine = (self.config, self.result, self.report, self.adapter, self.checkpoints)
-        found = [path.name for path in mine if path.exists()]
+        found = [path.name for path in mine if os.path.exists(path)]
         if not found:
             return None
         started = self.started()
@@ -103,7 +103,7 @@ class OutputFolder:
             RankraceError: it cannot be written; a folder that was not there is not there.
         """
         settings = config.model_dump(mode="json", exclude={"resume"})
-        new = not self.root.exists()
+        new = not os.path.exists(self.root)
         try:
             with writing(self.root):
                 # The configuration comes first: a folder with anything but it would be taken for another's.
@@ -120,7 +120,7 @@ class OutputFolder:
         Raises:
             RankraceError: there is a config.yaml, but not that of a run.
         """
-        if not self.config.exists():
+        if not os.path.exists(self.config):
             return None
         try:
             values = yaml.safe_load(self.config.read_text(encoding="utf-8"))

@@ -41,6 +41,7 @@ from rankrace.result import (
 from rankrace.select.reason import is_confident, reason
 from rankrace.select.statistics import mean_and_se
 from rankrace.session import Session, chosen_device, chosen_dtype, prepare
+from rankrace.track import Curves, check_tracker, tracked
 from rankrace.train.checkpoint import load_checkpoint, save_checkpoint, written_whole
 from rankrace.train.loop import Measured
 from rankrace.train.model import is_encoder, load_model, load_tokenizer, vocabulary_size
@@ -70,6 +71,7 @@ def train(config: RunConfig) -> Result:
         RankraceError: something the user can put right; nothing half-written is left.
         Interrupted: Ctrl-C; the run was saved first.
     """
+    check_tracker(config.track)
     folder = OutputFolder(config.out)
     finished = folder.check(config)
     started = folder.started()
@@ -87,10 +89,15 @@ def train(config: RunConfig) -> Result:
             session.restore(tensors, state["session"])
             clock.before, clock.evaluation = state["seconds"], state["evaluation_seconds"]
             progress.say(f"Resumed after step {session.trainer.step} of {session.trainer.total}.")
-        with Interrupts() as interrupts:
+        with (
+            Interrupts() as interrupts,
+            tracked(session.config, session.search.state, session.trainer.step) as curves,
+        ):
             try:
-                drive(session, folder, clock, progress, interrupts)
-                return finish(session, tokenizer, folder, clock, progress, interrupts)
+                drive(session, folder, clock, progress, interrupts, curves)
+                result = finish(session, tokenizer, folder, clock, progress, interrupts)
+                curves.end(result)
+                return result
             except KeyboardInterrupt:
                 raise Interrupted(resume_command(folder)) from None
 
@@ -98,7 +105,7 @@ def train(config: RunConfig) -> Result:
 def continued(started: RunConfig, now: RunConfig) -> RunConfig:
     """The run that is in the folder; of the options that may change half-way those that are given now."""
     values = dict(now)
-    given = {key: values[key] for key in MAY_DIFFER if values[key] != RunConfig.model_fields[key].default}
+    given = {key: values[key] for key in MAY_DIFFER & now.model_fields_set}
     return started.model_copy(update={**given, "out": now.out, "resume": True})
 
 
@@ -149,7 +156,14 @@ def task_of(config: RunConfig) -> Task:
     return "classification" if is_encoder(config.model) else "causal"
 
 
-def drive(session: Session, folder: OutputFolder, clock: Clock, progress: Progress, interrupts: Interrupts) -> None:
+def drive(
+    session: Session,
+    folder: OutputFolder,
+    clock: Clock,
+    progress: Progress,
+    interrupts: Interrupts,
+    curves: Curves,
+) -> None:
     """Trains to the end; saves as it goes, and before it stops."""
     trainer, search = session.trainer, session.search
     every = session.config.save_every or max(1, trainer.total // SAVES)
@@ -163,6 +177,7 @@ def drive(session: Session, folder: OutputFolder, clock: Clock, progress: Progre
             "evaluation_seconds": clock.evaluation,
         }
         save_checkpoint(folder.checkpoints, trainer.step, session.tensors(), state)
+        curves.follow()
 
     for loss_K in search.run():
         progress.say_new(trainer.notes)
@@ -206,6 +221,18 @@ def reason_of(session: Session) -> str:
     look = session.search.state.looks[-1]
     share = look.step / session.trainer.total
     return reason(look, share=share, examples=len(session.search.examples))
+
+
+def decision_of(session: Session) -> Decision:
+    """The last look, for the record."""
+    look = session.search.state.looks[-1]
+    return Decision(
+        step=look.step,
+        fraction=look.step / session.trainer.total,
+        edge=look.edge,
+        capped=look.capped,
+        confident=is_confident(look),
+    )
 
 
 def finish(
@@ -259,9 +286,10 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
         rank=rank,
         reason=reason_of(session),
         target_modules=sorted(peft_config.target_modules),
+        rank_pattern=peft_config.rank_pattern or {},
         scaling=setting.multiplier,
         learning_rate=setting.lr,
-        trainable_parameters=bank.trainable_parameters(rank),
+        trainable_parameters=bank.trainable_parameters(bank.candidates.ranks_of(0)),
         base_parameters=bank.base_parameters,
         labels=list(data.labels or ()),
         loss=Loss(base=float(session.base_fresh.mean_K[0]), final=float(final.mean_K[0]), final_se=final_se),
@@ -278,13 +306,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
             )
             for p in look.verdict.points
         ],
-        decision=Decision(
-            step=look.step,
-            fraction=look.step / trainer.total,
-            edge=look.edge,
-            capped=look.capped,
-            confident=is_confident(look),
-        ),
+        decision=decision_of(session),
         candidates=[
             Candidate(rank=e.rank, status="winner" if e.status == "running" else e.status, steps=e.steps)
             for e in entries

@@ -66,6 +66,7 @@ class Session:
             "seconds": t.seconds,
             "lr": t.lr_K,
             "ranks": c.ranks,
+            "layer_ranks": dict(c.layer_ranks),
             "multipliers": c.multipliers,
             "search": _state.dump_python(self.search.state, mode="json"),
         }
@@ -89,6 +90,7 @@ class Session:
             multipliers=tuple(state["multipliers"]),
             factors={n: (on_device[f"{n}.A"], on_device[f"{n}.B"]) for n in bank.layers},
             heads={n: tuple(on_device[f"{n}.{i}"] for i in range(len(h.names))) for n, h in bank.heads.items()},
+            layer_ranks={n: tuple(ranks) for n, ranks in state["layer_ranks"].items()},
         )
         t.start(candidates, state["lr"])
         prefix = "optimizer."

@@ -1,11 +1,11 @@
 """The bank: K LoRA candidates on every target layer of one frozen model.
 
-Shapes: K candidates, R padded rank (a multiple of 8), D_in / D_out the widths of a layer.
+Shapes: K candidates, R padded rank of a layer (a multiple of 8), D_in / D_out its widths.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from rankrace.bank.dropout import DropoutKeys, counter_seed
 from rankrace.bank.flat import Flat
 from rankrace.bank.head import BankHead
+from rankrace.bank.inputs import input_sizes
 from rankrace.bank.linear import BankLinear, BankSwitch, Siblings, linear_shape
 from rankrace.bank.siblings import find_siblings
 from rankrace.bank.spectrum import Spectrum, spectra
@@ -36,6 +37,21 @@ class Candidates:
     """Layer name → A [K, R, D_in], B [K, D_out, R]; zero beyond each candidate's rank."""
     heads: dict[str, tuple[Tensor, ...]]
     """Head name → its parameters, each [K, …]."""
+    layer_ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Layer name → the K ranks there, for layers where they are not `ranks`; 0 is no update. `ranks` then says what
+    the parameters would buy if every layer got the same."""
+
+    def ranks_in(self, layer: str) -> tuple[int, ...]:
+        """Of all candidates in one layer."""
+        return self.layer_ranks.get(layer, self.ranks)
+
+    def ranks_of(self, k: int) -> dict[str, int]:
+        """Of candidate k in all layers."""
+        return {name: self.ranks_in(name)[k] for name in self.factors}
+
+    def factors_of(self, k: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer name → candidate k's A [r, D_in] and B [D_out, r], without their padding."""
+        return {n: (self.factors[n][0][k, :r], self.factors[n][1][k, :, :r]) for n, r in self.ranks_of(k).items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name: every layer.A, then every layer.B, then the heads' head.0, head.1, …"""
@@ -53,39 +69,55 @@ class Candidates:
 
     def keep(self, indices: Sequence[int]) -> "Candidates":
         """Only these candidates, in this order, copied; R shrinks to what they need."""
-        ranks = tuple(self.ranks[i] for i in indices)
-        R, index = padded(max(ranks)), list(indices)
+        ranks, index = tuple(self.ranks[i] for i in indices), list(indices)
+        layer_ranks = {n: tuple(self.ranks_in(n)[i] for i in indices) for n in self.factors}
+        factors = {}
+        for name, (A, B) in self.factors.items():
+            R = padded(max(layer_ranks[name]))
+            factors[name] = (A[index, :R].clone(), B[index, :, :R].clone())
         return Candidates(
             ranks=ranks,
             multipliers=tuple(self.multipliers[i] for i in indices),
-            factors={n: (A[index, :R].clone(), B[index, :, :R].clone()) for n, (A, B) in self.factors.items()},
+            factors=factors,
             heads={n: tuple(p[index].clone() for p in ps) for n, ps in self.heads.items()},
+            layer_ranks={n: rs for n, rs in layer_ranks.items() if rs != ranks},
         )
 
     def spectra(self, k: int) -> dict[str, Spectrum]:
         """The singular values and vectors of candidate k's update in each layer."""
-        r = self.ranks[k]
-        mine = {name: (A[k, :r], B[k, :, :r]) for name, (A, B) in self.factors.items()}
-        return spectra(mine, self.multipliers[k])
+        return spectra(self.factors_of(k), self.multipliers[k])
 
     def truncations(
-        self, k: int, ranks: Sequence[int], multipliers: Sequence[float], whole: Mapping[str, Spectrum] | None = None
+        self,
+        k: int,
+        ranks: Sequence[int],
+        multipliers: Sequence[float],
+        whole: Mapping[str, Spectrum] | None = None,
+        allocations: Sequence[Mapping[str, int] | None] | None = None,
     ) -> "Candidates":
         """Candidate k's update at several lower ranks: the best rank-r approximation of each layer's ΔW.
 
         Args:
             whole: its `spectra`, where they are known already.
+            allocations: for each cut what every layer keeps (see `allocate`), or None: its rank everywhere.
         """
-        K, R = len(ranks), padded(max(ranks))
+        K, ranks = len(ranks), tuple(ranks)
         whole = whole or self.spectra(k)
-        factors = {}
+        cuts = list(zip(ranks, allocations or [None] * K, strict=True))
+        factors, layer_ranks = {}, {}
         for name, (A, B) in self.factors.items():
+            kept = tuple(r if allocation is None else allocation[name] for r, allocation in cuts)
+            R = padded(max(kept))
             A_KRD, B_KDR = A.new_zeros(K, R, A.shape[2]), B.new_zeros(K, B.shape[1], R)
-            for j, (r, s) in enumerate(zip(ranks, multipliers, strict=True)):
+            for j, (r, s) in enumerate(zip(kept, multipliers, strict=True)):
                 A_KRD[j, :r], B_KDR[j, :, :r] = whole[name].truncated(r, s)
             factors[name] = (A_KRD, B_KDR)
+            if kept != ranks:
+                layer_ranks[name] = kept
         heads = {n: tuple(p[[k] * K].clone() for p in ps) for n, ps in self.heads.items()}
-        return Candidates(ranks=tuple(ranks), multipliers=tuple(multipliers), factors=factors, heads=heads)
+        return Candidates(
+            ranks=ranks, multipliers=tuple(multipliers), factors=factors, heads=heads, layer_ranks=layer_ranks
+        )
 
 
 class Loaded:
@@ -318,10 +350,21 @@ class Bank:
         factors = [p for layer in self.layers.values() for p in (layer.A_KRD, layer.B_KDR)]
         return factors + [cast(nn.Parameter, p) for head in self.heads.values() for p in head.stacked]
 
-    def trainable_parameters(self, rank: int) -> int:
-        """Σ over layers of r·(D_in + D_out), plus the heads."""
-        factors = rank * sum(layer.d_in + layer.d_out for layer in self.layers.values())
+    @property
+    def costs(self) -> dict[str, int]:
+        """The parameters of one rank more, D_in + D_out, in each layer."""
+        return {name: layer.d_in + layer.d_out for name, layer in self.layers.items()}
+
+    def trainable_parameters(self, ranks: int | Mapping[str, int]) -> int:
+        """Σ over layers of r·(D_in + D_out), plus the heads; one rank for all layers, or one for each."""
+        of = dict.fromkeys(self.layers, ranks) if isinstance(ranks, int) else ranks
+        factors = sum(of[name] * cost for name, cost in self.costs.items())
         return factors + sum(p.numel() for head in self.heads.values() for p in head.original.parameters())
+
+    def input_sizes(self, run: Callable[[], Any]) -> dict[str, float]:
+        """Mean square of an entry of each layer's input while `run` passes examples through the plain base."""
+        with self.off(), torch.no_grad():
+            return input_sizes({name: layer.base for name, layer in self.layers.items()}, run)
 
     @property
     def base_parameters(self) -> int:
@@ -354,8 +397,11 @@ class Bank:
 
 
 def padded(rank: int) -> int:
-    """The next multiple of 8: grouped and tensor-core products want 16-byte strides in bfloat16."""
-    return -(-rank // 8) * 8
+    """The next multiple of 8: grouped and tensor-core products want 16-byte strides in bfloat16.
+
+    At least 8, for products with no row at all are a case of their own in too many kernels.
+    """
+    return max(8, -(-rank // 8) * 8)
 
 
 def find_targets(model: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ T_B = A V q, where q = s/√(S s'). With G the gradient of ΔW, ∂L/∂A = s B�
 Adam's mean is a sum of gradients and turns with them; its square turns with the squared entries of the map, as if the
 gradients of different rows were uncorrelated. So nothing has to warm up again (docs/selection.md).
 
-Shapes: K candidates, R and r ranks before and after, D a layer's width.
+Shapes: K candidates, R and r a layer's ranks before and after, D its width.
 """
 
 from collections.abc import Mapping
@@ -36,11 +36,12 @@ def carried(
     """
     new_mean = {name: torch.zeros_like(t) for name, t in after.tensors().items()}
     new_square = {name: torch.zeros_like(t) for name, t in after.tensors().items()}
-    R, s = before.ranks[k], before.multipliers[k]
+    s = before.multipliers[k]
     for layer, (A_KRD, B_KDR) in before.factors.items():
+        R = before.ranks_in(layer)[k]
         U_DR, S_R, V_DR = whole[layer].U_DR, whole[layer].S_R, whole[layer].V_DR
         UB_RR, AV_RR = U_DR.T @ B_KDR[k, :, :R].double(), A_KRD[k, :R].double() @ V_DR
-        for j, (r, new_s) in enumerate(zip(after.ranks, after.multipliers, strict=True)):
+        for j, (r, new_s) in enumerate(zip(after.ranks_in(layer), after.multipliers, strict=True)):
             # A direction without weight keeps nothing.
             q_r = torch.where(S_R[:r] > 0, s / (S_R[:r] * new_s).sqrt(), 0.0)
             to_A_rR, to_B_Rr = new_s / s * (AV_RR[:, :r] * q_r).T, new_s / s * (q_r[:, None] * UB_RR[:r]).T

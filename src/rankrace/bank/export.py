@@ -4,8 +4,7 @@ What is written loads with `peft.PeftModel.from_pretrained`, in Transformers and
 is needed to use it.
 """
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 from rankrace.bank.attach import Bank, matches
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values vLLM's --max-lora-rank accepts."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """One candidate, cut to its own rank."""
 
+    rank: int
+    """That of most layers, or what their ranks come to on average: `Candidates.ranks`."""
     factors: dict[str, tuple[Tensor, Tensor]]
-    """Layer name → A [r, D_in], B [D_out, r]; r may differ from layer to layer."""
+    """Layer name → A [r, D_in], B [D_out, r]; r may differ from layer to layer, and where it is 0 there is no entry:
+    PEFT knows no rank 0, but leaves alone what is not among its target modules."""
     multiplier: float
     heads: dict[str, dict[str, Tensor]]
     """Head name → parameter name → value."""
@@ -37,9 +36,10 @@ class Adapter:
 
 def adapter_of(bank: Bank, k: int) -> Adapter:
     """Candidate k of the bank, without its padding."""
-    r, c = bank.candidates.ranks[k], bank.candidates
+    c = bank.candidates
     return Adapter(
-        factors={n: (A[k, :r].contiguous(), B[k, :, :r].contiguous()) for n, (A, B) in c.factors.items()},
+        rank=c.ranks[k],
+        factors={n: (A.contiguous(), B.contiguous()) for n, (A, B) in c.factors_of(k).items() if len(A) > 0},
         multiplier=c.multipliers[k],
         heads={n: {p: t[k] for p, t in zip(head.names, c.heads[n], strict=True)} for n, head in bank.heads.items()},
     )
@@ -47,19 +47,17 @@ def adapter_of(bank: Bank, k: int) -> Adapter:
 
 def lora_config(bank: Bank, adapter: Adapter) -> LoraConfig:
     """PEFT's description of the adapter. α = s·r, so that PEFT's multiplier α/r is ours for every layer."""
-    ranks = adapter.ranks
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {name: r for name, r in ranks.items() if r != common}
+    pattern = {name: r for name, r in adapter.ranks.items() if r != adapter.rank}
     conv1d = [isinstance(layer.base, Conv1D) for layer in bank.layers.values()]
     assert all(conv1d) or not any(conv1d), "PEFT keeps one layout flag for all layers"
     return LoraConfig(
         task_type=TaskType.SEQ_CLS if bank.heads else TaskType.CAUSAL_LM,
         base_model_name_or_path=bank.model.name_or_path,
-        r=common,
-        lora_alpha=tidy(adapter.multiplier * common),  # type: ignore[arg-type]  # PEFT takes fractions too
+        r=adapter.rank,
+        lora_alpha=tidy(adapter.multiplier * adapter.rank),  # type: ignore[arg-type]  # PEFT takes fractions too
         rank_pattern=pattern,
         alpha_pattern={name: tidy(adapter.multiplier * r) for name, r in pattern.items()},
-        target_modules=short_names(bank),
+        target_modules=short_names(bank, adapter.factors),
         modules_to_save=list(bank.heads) or None,
         lora_dropout=bank.dropout,
         fan_in_fan_out=any(conv1d),
@@ -81,11 +79,11 @@ def save_adapter(bank: Bank, adapter: Adapter, folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def short_names(bank: Bank) -> list[str]:
-    """The last parts of the layers' names (q_proj, …) where they mean exactly these layers, else whole names."""
-    endings = sorted({name.rpartition(".")[2] for name in bank.layers})
+def short_names(bank: Bank, layers: Collection[str]) -> list[str]:
+    """The last parts of these layers' names (q_proj, …) where they mean exactly these layers, else whole names."""
+    endings = sorted({name.rpartition(".")[2] for name in layers})
     hit = {name for name in module_names(bank) if any(matches(name, e) for e in endings)}
-    return endings if hit == set(bank.layers) else list(bank.layers)
+    return endings if hit == set(layers) else list(layers)
 
 
 def module_names(bank: Bank) -> Iterable[str]:
@@ -93,11 +91,6 @@ def module_names(bank: Bank) -> Iterable[str]:
     inside = tuple(f"{name}." for name in (*bank.layers, *bank.heads))
     names = [name for name, _ in bank.model.named_modules() if name and not name.startswith(inside)]
     return [name for name in names if name not in bank.heads]
-
-
-def vllm_max_lora_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank of vLLM that admits this rank; None above all of them."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def tidy(value: float) -> int | float:

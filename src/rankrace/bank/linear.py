@@ -97,7 +97,9 @@ class Siblings:
 
     def lead(self, x: Tensor) -> Tensor:
         """Of the first sibling; the others' hang on x, in their order, for compiled code to take: see `follow`."""
-        first, *self._handed = self.outputs(x)
+        first, *self._handed = ys = self.outputs(x)
+        for y in ys:
+            fix_width(y)
         x.adapted = self._handed  # type: ignore[attr-defined]
         return first
 
@@ -113,6 +115,12 @@ class Siblings:
         self._handed.clear()
 
 
+def fix_width(x: Tensor) -> None:
+    """Code compiled for this tensor may take the last of its sizes for a constant."""
+    if x.dim() > 2:
+        torch._dynamo.mark_static(x, x.dim() - 1)
+
+
 def follow(x: Tensor) -> Tensor:
     """The output of a sibling that is not the first, out of the graph that it is traced into."""
     return x.adapted.pop(0)  # type: ignore[attr-defined]
@@ -122,9 +130,9 @@ class _Adapt(torch.autograd.Function):
     """base(x) + s·x Aᵀ Bᵀ for all siblings, with its own backward.
 
     The adapters' products run per candidate (bmm), never over a concatenation of candidates, where 0·NaN would carry
-    one's divergence into the others, and end in the memory of the base's product. Saved are x and x Aᵀ, once for all
-    siblings; dropout is drawn again. Gradients of the factors are added to the full-precision ones at once, and the
-    siblings' gradients of x are added up by the products themselves.
+    one's divergence into the others. They come first, and the base's large products add themselves to them (β = 1):
+    a pass over memory less than the other way round. Saved are x and x Aᵀ, once for all siblings; dropout is drawn
+    again. Gradients of the factors are added to the full-precision ones at once.
     """
 
     @staticmethod
@@ -133,10 +141,9 @@ class _Adapt(torch.autograd.Function):
         A, sBs = siblings.compute_A_KRD[s.active], [layer.compute_sB_KDR[s.active] for layer in layers]
         ctx.siblings, ctx.active, ctx.K, ctx.p = siblings, s.active, s.count, s.dropout
         h_KTR = torch.bmm(siblings.dropout(per_candidate(x, ctx.K), ctx.p), A.mT)
-        ctx.bases, ys = zip(*(base_product(layer.base, x) for layer in layers), strict=True)
         ctx.save_for_backward(x, h_KTR, A, *sBs)
-        for y, h, sB in zip(ys, parts(h_KTR, sBs), sBs, strict=True):
-            y.view(ctx.K, -1, y.shape[-1]).baddbmm_(h, sB.mT)
+        sides = zip(layers, parts(h_KTR, sBs), sBs, strict=True)
+        ctx.bases, ys = zip(*(product(layer.base, x, h, sB) for layer, h, sB in sides), strict=True)
         return ys
 
     @staticmethod
@@ -150,20 +157,17 @@ class _Adapt(torch.autograd.Function):
         for layer, g, sB, h, gh in sides:
             g_KTD, B_grad = per_candidate(g, ctx.K), layer.B_KDR.grad[active]
             torch.bmm(g_KTD, sB, out=gh)
-            B_grad.addcmul_(torch.bmm(g_KTD.mT, h).to(B_grad.dtype), scale_K)
+            B_grad.addcmul_(torch.bmm(g_KTD.mT, h), scale_K)  # in the wider type of the two
         x_KTD = per_candidate(x, ctx.K)
         siblings.A_grad_KRD[active].add_(torch.bmm(gh_KTR.mT, siblings.dropout(x_KTD, ctx.p)))
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        first, *others = zip(ctx.bases, gs, strict=True)
-        gx: Tensor = first[0](first[1], None)
-        for base, g in others:
-            gx = base(g, gx)
-        gx_KTD = gx.view(x_KTD.shape)
+        gx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        gx_KTD = torch.bmm(gh_KTR, A, out=per_candidate(gx, ctx.K))
         if ctx.p:
-            gx_KTD.add_(siblings.dropout(torch.bmm(gh_KTR, A), ctx.p))
-        else:
-            gx_KTD.baddbmm_(gh_KTR, A)
+            gx_KTD.copy_(siblings.dropout(gx_KTD, ctx.p))
+        for add_base_gradient, g in zip(ctx.bases, gs, strict=True):
+            add_base_gradient(g, gx)
         return gx, None, None
 
 
@@ -177,34 +181,45 @@ def parts(h_KTR: Tensor, sBs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return h_KTR.split([sB.shape[2] for sB in sBs], dim=2)
 
 
-InputGradient = Callable[[Tensor, Tensor | None], Tensor]
-"""(g, sum) ↦ sum + the gradient of base(x) with respect to x, in the memory of the sum if there is one."""
+InputGradient = Callable[[Tensor, Tensor], Any]
+"""(g, gx): adds the gradient of base(x) with respect to x to gx."""
 
 
-def base_product(base: nn.Module, x: Tensor) -> tuple[InputGradient, Tensor]:
-    """(the way back, base(x)), both in memory that nobody else reads.
+def product(base: nn.Module, x: Tensor, h_KTR: Tensor, sB_KDR: Tensor) -> tuple[InputGradient, Tensor]:
+    """(the base's way back, base(x) + h sBᵀ), the latter in memory that nobody else reads.
 
     Plain layers keep nothing for it but their weight. Any other (a quantised one) brings its own autograd.
     """
+    K, D_out = sB_KDR.shape[:2]
     if type(base) is nn.Linear or type(base) is Conv1D:
         W_OD = base.weight if type(base) is nn.Linear else base.weight.T
 
-        def through_weight(g: Tensor, total: Tensor | None) -> Tensor:
-            if total is None:
-                return g @ W_OD
-            total.view(-1, W_OD.shape[1]).addmm_(g.reshape(-1, W_OD.shape[0]), W_OD)
-            return total
+        def through_weight(g: Tensor, gx: Tensor) -> None:
+            gx.view(-1, W_OD.shape[1]).addmm_(g.reshape(-1, D_out), W_OD)
 
-        return through_weight, torch.nn.functional.linear(x, W_OD, base.bias)
+        if base.bias is not None:  # it rides on a plain product for nothing, on an adding one it does not
+            y = torch.nn.functional.linear(x, W_OD, base.bias)
+            per_candidate(y, K).baddbmm_(h_KTR, sB_KDR.mT)
+            return through_weight, y
+        y = adapter_product(x, h_KTR, sB_KDR)
+        y.view(-1, D_out).addmm_(x.reshape(-1, x.shape[-1]), W_OD.T)
+        return through_weight, y
     with torch.enable_grad():
         own_x = x.detach().requires_grad_()
-        y = base(own_x)
+        own_y = base(own_x)
 
-    def through_graph(g: Tensor, total: Tensor | None) -> Tensor:
-        (gx,) = torch.autograd.grad(y, own_x, g)
-        return gx.clone(memory_format=torch.contiguous_format) if total is None else total.add_(gx)
+    def through_graph(g: Tensor, gx: Tensor) -> None:
+        gx.add_(torch.autograd.grad(own_y, own_x, g)[0])
 
-    return through_graph, y.detach().clone(memory_format=torch.contiguous_format)
+    return through_graph, adapter_product(x, h_KTR, sB_KDR).add_(own_y.detach())
+
+
+def adapter_product(x: Tensor, h_KTR: Tensor, sB_KDR: Tensor) -> Tensor:
+    """h sBᵀ in the shape of base(x); no view of a [K, T, D_out], or compiled code would be made for one K."""
+    K, D_out, _ = sB_KDR.shape
+    y = x.new_empty(*x.shape[:-1], D_out)
+    torch.bmm(h_KTR, sB_KDR.mT, out=y.view(K, -1, D_out))
+    return y
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:

@@ -27,9 +27,9 @@ class Spectrum:
         """The best rank-r approximation of ΔW (Eckart-Young) as LoRA factors.
 
         Returns A [r, D_in] and B [D_out, r] with `multiplier`·B A = U_r S_r V_rᵀ. √S goes into both, so that
-        neither factor's gradient is scaled apart from the other's.
+        neither factor's gradient is scaled apart from the other's. Rank 0 is no update.
         """
-        assert 1 <= rank <= self.S_R.numel(), f"rank {rank} of a spectrum of {self.S_R.numel()}"
+        assert 0 <= rank <= self.S_R.numel(), f"rank {rank} of a spectrum of {self.S_R.numel()}"
         root_r = (self.S_R[:rank] / multiplier).sqrt()
         return (self.V_DR[:, :rank] * root_r).T.contiguous(), self.U_DR[:, :rank] * root_r
 

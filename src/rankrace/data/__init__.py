@@ -117,11 +117,14 @@ def encode_splits(read: ReadData, encoder: Encoder) -> Data:
             notes.append("The model has no chat template: conversations are written as plain text.")
         if isinstance(first, PlainText) and encoder.template == "chat":
             notes.append("Rows of plain text have no turns: --template chat has no effect on them.")
+    limit = ", the most that the model takes" if encoder.max_length == encoder.tokenizer.model_max_length else ""
     for name, side in (("training", train), ("validation", validation)):
         if side.truncated:
             total = len(side) + side.dropped
             left = f"; {side.dropped:,} of them have no target left and are dropped" if side.dropped else ""
-            notes.append(f"Cut {side.truncated:,} of {total:,} {name} examples to {encoder.max_length} tokens{left}.")
+            notes.append(
+                f"Cut {side.truncated:,} of {total:,} {name} examples to {encoder.max_length} tokens{limit}{left}."
+            )
     return Data(
         train=train,
         validation=validation,

@@ -5,8 +5,9 @@ a prompt and its answer is where it is in use: the prompt's tokens never depend 
 in front if the tokenizer adds one and the text has none. Only answers are supervised, and the EOS after them.
 The first token of an example follows nothing and is never a target.
 
-An example longer than `max_length` is cut in this order until it fits: what follows the first answer, from
-the end; the prompt, from its start (BOS stays); the first answer, from its end (its EOS is then gone).
+An example longer than `max_length`, or than the tokenizer says that the model takes (512 tokens for BERT, which
+has no positions beyond), is cut in this order until it fits: what follows the first answer, from the end; the
+prompt, from its start (BOS stays); the first answer, from its end (its EOS is then gone).
 
 Classification: the tokenizer's own form for a text or a pair, cut longest first; the target is the class.
 """
@@ -53,7 +54,7 @@ class Encoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.task: Task = task
-        self.max_length = max_length
+        self.max_length = min(max_length, tokenizer.model_max_length)
         self.template: Template = template
         self.labels = labels
         if task == "classification" and labels is None:

@@ -7,6 +7,7 @@ known by their four columns. A csv has a header and quotes as in RFC 4180. Byte-
 import csv
 import io
 import json
+import os
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,7 +29,7 @@ def read_file(path: Path) -> Rows:
     Raises:
         RankraceError: missing, unreadable, of an unknown ending, broken or without rows.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # not Path.is_file: that raises where a folder may not be looked into
         raise missing(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -45,10 +46,13 @@ def read_file(path: Path) -> Rows:
 
 def missing(path: Path) -> RankraceError:
     """The error for a path where nothing is, with names that are near."""
-    folder = path.parent
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    try:
+        names = sorted(os.listdir(path.parent))
+    except OSError:
+        names = []
     near = get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:5]
-    there = f"{folder} has {', '.join(near)}" if near else f"{folder} is empty or no folder"
+    folder = "this folder" if path.parent == Path() else str(path.parent)
+    there = f"{folder} has {', '.join(near)}" if near else f"{folder} is empty or no folder that can be read"
     return RankraceError(f"there is no file {path}.", why=f"{there}.", fix="correct the path.")
 
 

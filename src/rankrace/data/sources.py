@@ -7,6 +7,7 @@ Nothing that is on this machine's disk is looked up on the network.
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,10 @@ def load_rows(data: str, validation: str | None = None) -> SourceRows:
         RankraceError: missing, unreadable, empty or ambiguous data, or no way to reach the hub.
     """
     path = Path(data).expanduser()
-    if path.is_dir():
+    # Not Path.is_dir and the like: they raise for a name that is too long or a folder that may not be looked into.
+    if os.path.isdir(path):
         source = _from_folder(path)
-    elif path.exists() or _looks_local(data, path):
+    elif os.path.exists(path) or _looks_local(data, path):
         source = SourceRows(train=read_file(path), validation=None, train_where=data, validation_where=None)
     else:
         source = _from_hub(data)
@@ -77,12 +79,19 @@ def _looks_local(data: str, path: Path) -> bool:
         path.suffix.lower() in READERS
         or data.startswith((".", "~", "/"))
         or _HUB_NAME.fullmatch(data) is None
-        or (len(path.parts) > 1 and path.parent.is_dir())
+        or (len(path.parts) > 1 and os.path.isdir(path.parent))
     )
 
 
 def _from_folder(folder: Path) -> SourceRows:
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in READERS)
+    try:
+        files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in READERS)
+    except OSError as error:
+        raise RankraceError(
+            f"{folder} cannot be read: {error.strerror}.",
+            why="its files are the data.",
+            fix="check the folder's permissions.",
+        ) from error
     by_split: dict[str, list[Path]] = {}
     for file in files:
         if match := _SPLIT_FILE.fullmatch(file.name):

@@ -58,7 +58,7 @@ class Choosing:
         search, bank = self.session.search, self.trainer.bank
         rank = bank.candidates.ranks[0]
         return Described(
-            parameters=bank.trainable_parameters(rank),
+            parameters=bank.trainable_parameters(bank.candidates.ranks_of(0)),
             learning_rate=search.setting(rank).lr,
             rank=rank,
             search_s=search.state.look_seconds + search.state.loser_seconds,

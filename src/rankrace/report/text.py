@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rankrace.result import Candidate, Result
+from rankrace.result import Candidate, Decision, Result
 
 
 def count(number: float) -> str:
@@ -65,32 +65,13 @@ def r16_share(result: Result) -> str | None:
 
 def warnings(result: Result) -> list[str]:
     """What a reader must know before trusting the choice."""
-    decision, found = result.decision, []
+    found = []
     if result.loss.final >= result.loss.base:
         found.append(
             "No gain: the validation loss with the adapter is not below that of the base model. "
             "Check the data with rankrace preview and the learning rate."
         )
-    if decision.edge == "high":
-        found.append(
-            f"Edge of the search: {result.rank} is the largest rank there was to choose. A larger one may be "
-            "better; add larger candidates with --ranks."
-        )
-    if decision.edge == "low" and result.rank > 1:
-        found.append(
-            f"Edge of the search: {result.rank} is the smallest rank there was to choose. A smaller one "
-            "may do as well; add smaller candidates with --ranks."
-        )
-    if decision.capped:
-        found.append(
-            f"Decided at the limit: the choice had not settled by the last look, after "
-            f"{percent(decision.fraction)} of training."
-        )
-    if not decision.confident:
-        found.append(
-            "Not confident: the paired errors do not separate this rank from its neighbours. "
-            "Another seed may choose another rank."
-        )
+    found += doubts(result.rank, result.decision)
     lost = [candidate for candidate in result.candidates if candidate.status == "diverged"]
     if lost:
         verb = "was" if len(lost) == 1 else "were"
@@ -98,21 +79,55 @@ def warnings(result: Result) -> list[str]:
     return found
 
 
+def doubts(rank: int, decision: Decision) -> list[str]:
+    """The part of them that is about the choice alone."""
+    found = []
+    if decision.edge == "high":
+        found.append(
+            f"Edge of the search: {rank} is the largest rank there was to choose. A larger one may be "
+            "better; add larger candidates with --ranks."
+        )
+    if decision.edge == "low" and rank > 1:
+        found.append(
+            f"Edge of the search: {rank} is the smallest rank there was to choose. A smaller one "
+            "may do as well; add smaller candidates with --ranks."
+        )
+    if decision.capped:
+        found.append(
+            f"Decided at the limit: the choice had not settled by the last look, after "
+            f"{percent(decision.fraction)} of training."
+        )
+    if not decision.confident and not found:  # either of the above is why
+        found.append(
+            "Not confident: the paired errors do not separate this rank from its neighbours. "
+            "Another seed may choose another rank."
+        )
+    return found
+
+
 def lora_config_code(result: Result, config: dict[str, Any]) -> str:
     """A peft.LoraConfig that makes an adapter like the delivered one."""
     rslora = config.get("scaling") == "rslora"
-    alpha = result.scaling * (result.rank**0.5 if rslora else result.rank)
+
+    def alpha(rank: int) -> int | float:
+        found = round(result.scaling * (rank**0.5 if rslora else rank), 6)
+        return int(found) if found.is_integer() else found
+
     lines = [
         f"r={result.rank},",
-        f"lora_alpha={int(alpha) if round(alpha, 6).is_integer() else round(alpha, 6)},",
+        f"lora_alpha={alpha(result.rank)},",
         f"lora_dropout={config.get('dropout', 0.0)},",
     ]
     if rslora:
         lines.append("use_rslora=True,")
+    named: dict[str, Any] = {"target_modules": result.target_modules}
     if result.rank_pattern:
-        lines.append(f"rank_pattern={result.rank_pattern},")
-    modules = f"target_modules={result.target_modules},"
-    lines += textwrap.wrap(modules, 84, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        alphas = {name: alpha(r) for name, r in result.rank_pattern.items()}
+        named = {"rank_pattern": result.rank_pattern, "alpha_pattern": alphas, **named}
+    for name, value in named.items():
+        lines += textwrap.wrap(
+            f"{name}={value},", 84, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
     lines.append('task_type="SEQ_CLS",' if result.task == "classification" else 'task_type="CAUSAL_LM",')
     body = textwrap.indent("\n".join(lines), "    ")
     return f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{body}\n)"

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import AttentionInterface
 
 from rankrace.bank import Bank
 from rankrace.bank.dropout import dropped
-from rankrace.bank.linear import BankLinear, follow
+from rankrace.bank.linear import BankLinear, fix_width, follow
 from rankrace.train import attention
 
 APART = "rankrace_packed_apart"
@@ -35,7 +36,7 @@ def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
             layer.forward = follow
     all_blocks = blocks(bank)
     for block in all_blocks:
-        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
+        block.forward = fixed_widths(torch.compile(block.forward, dynamic=True, backend=backend))
     all_blocks[0].forward = with_gradient(all_blocks[0].forward)
 
 
@@ -45,6 +46,18 @@ def uncompile(bank: Bank) -> None:
         del module.forward
     bank.switch.drop = dropped
     bank.model.set_attn_implementation(attention.NAME)
+
+
+def fixed_widths(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Only the number of tokens changes. A width that is no constant costs divisions for every element."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for x in pytree.tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                fix_width(x)
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def with_gradient(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
+
+from rankrace.data.pack import IGNORED
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [M, D] → logits [M, V], row by row."""
@@ -29,17 +30,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for h_D, targets in zip(h_MD.split(chunk), targets_M.split(chunk), strict=True):
             with torch.set_grad_enabled(needs_grad):
                 h = h_D.detach().requires_grad_(needs_grad)
-                logits_V = head(h)
-                wide_V = logits_V if logits_V.dtype == torch.float64 else logits_V.float()
-                loss = cross_entropy(wide_V, targets, reduction="none")
-                total = loss.sum()
-            losses.append(loss.detach())
-            corrects.append(logits_V.detach().argmax(-1) == targets)
+                logits_MV = head(h)
+            corrects.append(logits_MV.detach().argmax(-1) == targets)
+            loss, logs_MV = cross_entropy(logits_MV.detach(), targets)
+            losses.append(loss)
             if needs_grad:
-                grad, *of_weights = torch.autograd.grad(total, (h, *weights))
+                grad_MV = cross_entropy_gradient(logs_MV, targets, out=logits_MV.detach())
+                grad, *of_weights = torch.autograd.grad(logits_MV, (h, *weights), grad_MV)
                 grads.append(grad)
                 for mine, new in zip(weight_grads, of_weights, strict=True):
                     mine.add_(new)
+                del grad_MV
+            del logits_MV, logs_MV  # before those of the next chunk come
         ctx.save_for_backward(*([torch.cat(grads), *weight_grads] if needs_grad else []))
         correct_M = torch.cat(corrects)
         ctx.mark_non_differentiable(correct_M)
@@ -54,8 +56,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return rows_MD, None, None, None, None, *(g * outputs[0][0] for g in weight_grads)
 
 
+def cross_entropy(logits_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits) at the targets, 0 where they do not count; and the whole log softmax, at least float32."""
+    wide = torch.promote_types(logits_MV.dtype, torch.float32)
+    logs_MV = torch.log_softmax(logits_MV, -1, dtype=wide)
+    loss_M = -logs_MV.gather(1, targets_M.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets_M == IGNORED, 0.0, loss_M), logs_MV
+
+
+def cross_entropy_gradient(logs_MV: Tensor, targets_M: Tensor, *, out: Tensor) -> Tensor:
+    """softmax - onehot, that of the losses' sum with respect to the logits, in the memory of `out`; the logs' memory
+    is used on the way."""
+    counts_M1 = (targets_M != IGNORED).to(logs_MV.dtype)[:, None]
+    grad_MV = logs_MV.exp_().scatter_add_(1, targets_M.clamp(min=0)[:, None], -counts_M1)
+    return torch.mul(grad_MV, counts_M1, out=out)
+
+
 def chunked_cross_entropy(
-    h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int = 256, weights: tuple[Tensor, ...] = ()
+    h_MD: Tensor, targets_M: Tensor, head: Head, chunk: int = 512, weights: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, Tensor]:
     """Losses [M] in nats, and whether the target was the most likely token [M].
 

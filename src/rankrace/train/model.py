@@ -3,10 +3,10 @@
 Shapes: K candidates, T tokens of a packed row, S targets in it, D model width, C classes.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic
 
 import numpy as np
@@ -265,7 +265,7 @@ def readable(name: str, load: Any) -> Any:
     try:
         return load()
     except (OSError, ValueError, SafetensorError) as error:
-        local = Path(name).exists()
+        local = os.path.exists(name)
         raise RankraceError(
             f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]}",
             why="the folder does not hold a readable Transformers model"
