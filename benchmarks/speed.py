@@ -62,9 +62,10 @@ from rankrace.data.encoded import Encoded
 from rankrace.data.pack import epoch_batches
 from rankrace.methods.peft_lora import padded
 from rankrace.plan import LookPlan, resolved
+from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.learning_rate import multiplier
 from rankrace.select.shrink import STABLE_LOOKS, Shrink
-from rankrace.session import make_strategy, recipe_of
+from rankrace.session import recipe_of
 from rankrace.train import attention
 from rankrace.train.compiled import compile_blocks, uncompile
 from rankrace.train.loop import Trainer
@@ -162,7 +163,7 @@ class Ours:
             read_lengths(lengths), bench.vocabulary, train=ROWS[lengths], validation=config.validation_max
         )
         held = data.validation.examples
-        config = resolved(config, data, self.bank, "causal")
+        config = resolved(config, data, self.model, "causal")
         self.compile(config.compile == "on")
         assert config.micro_tokens is not None
         trainer = Trainer(self.model, data.train.examples, recipe_of(config, config.micro_tokens))
@@ -172,7 +173,7 @@ class Ours:
             "run_steps": trainer.total,
         }  # fmt: skip
         found["wide"] = self.phase(trainer, (WIDE,))
-        strategy = make_strategy(config, trainer.total, self.bank, plan)
+        strategy = make_strategy(config, trainer.total, self.bank, plan.fractions, penalty_of(config, self.bank))
         assert isinstance(strategy, Shrink)
         half = len(held) // 2
         looked, fresh = min(plan.looked, half), min(plan.fresh, half)

@@ -30,7 +30,7 @@ from rankrace.config import RunConfig
 from rankrace.result import Result
 from tinyfolder import PARITIES, SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 
-COMMANDS = ("train", "search", "preview", "merge")
+COMMANDS = ("train", "search", "preview", "plan", "merge")
 FILES = ["adapter", "checkpoints", "config.yaml", "report.html", "result.json"]
 HALF_A_BIT = 2.0**-8
 """What rounding to bfloat16, which keeps 8 bits, changes at most: a share of each weight."""
@@ -98,7 +98,7 @@ def test_help_of_the_whole() -> None:
             assert re.search(rf"^\W*{command} ", ran.out, re.MULTILINE), command
 
 
-@pytest.mark.parametrize("command", ["train", "search", "preview"])
+@pytest.mark.parametrize("command", ["train", "search", "preview", "plan"])
 def test_help_names_every_option(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")

@@ -3,22 +3,18 @@
 Legend: K candidates, T tokens of a packed row, S targets in it, V vocabulary.
 """
 
-import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch
 from rankrace.train.loop import Recipe, Trainer
+from rankrace.train.memory import Meter
 from rankrace.train.model import PackedModel
 
 RANKS = (2, 4, 8, 16, 32)
@@ -26,50 +22,6 @@ ROWS, LENGTH = 8, 128
 T = ROWS * LENGTH
 SIDE_BY_SIDE, ONE_BY_ONE = T * len(RANKS), T
 """micro_tokens"""
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments or results of an operation."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from tensors_in(part)
-    elif isinstance(value, dict):
-        yield from tensors_in(tuple(value.values()))
-
-
-class Meter(TorchDispatchMode):
-    """Bytes of all storages that operations made since the meter was switched on and that are still alive.
-
-    What was there before (weights, factors, their gradients, optimiser state) does not count; a view or the
-    result of an operation in place is no new storage.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: set[int] = set()
-        self.bytes = 0
-        self.peak = 0
-        self.shapes: set[torch.Size] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
-        for tensor in tensors_in(result):
-            self.shapes.add(tensor.shape)
-            storage = tensor.untyped_storage()
-            where, size = storage.data_ptr(), storage.nbytes()
-            if size and where not in given and where not in self.live:
-                self.live.add(where)
-                self.bytes += size
-                weakref.finalize(storage, self.freed, where, size)
-        self.peak = max(self.peak, self.bytes)
-        return result
-
-    def freed(self, where: int, size: int) -> None:
-        self.live.remove(where)
-        self.bytes -= size
 
 
 def test_the_meter_counts_storages_once_and_while_they_live() -> None:

@@ -9,13 +9,15 @@ from benchmarks.planted.rules import RULES, Curve, Rule
 from benchmarks.planted.teacher import LARGEST, WIDE
 from rankrace.bank import Bank
 from rankrace.select.grid import Grid
-from rankrace.select.objective import Held, Objective, Trial, Verdict, log2_penalty
+from rankrace.select.objective import Objective, log2_penalty
+from rankrace.select.race import Race
 from rankrace.select.shrink import Shrink
-from rankrace.select.strategy import Bench, Cut, Look, Strategy, Train
+from rankrace.select.strategy import Bench, Cut, Look, Start, Strategy, Train
 
 GRID = (2, 4, 8, 16)
 NO_PENALTY = log2_penalty(0.0)
 ONE_SE = Objective(penalty=NO_PENALTY, rule="one_se")
+BALANCED = Objective(penalty=NO_PENALTY, rule="one_se", share=0.04)
 ARGMIN = Objective(penalty=NO_PENALTY, rule="argmin")
 ALL_RANKS = tuple(range(1, LARGEST + 1))
 WATCHED = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
@@ -45,9 +47,10 @@ class Watch:
 
     steps: tuple[int, ...]
     name: str = "watch"
+    averages: bool = False
 
-    def start(self) -> tuple[int, ...]:
-        return (WIDE,)
+    def start(self) -> tuple[Start, ...]:
+        return (Start(rank=WIDE),)
 
     def next_look(self, looks: Sequence[Look]) -> int | None:
         return self.steps[len(looks)] if len(looks) < len(self.steps) else None
@@ -65,9 +68,10 @@ class Read:
     rule: Rule
     bank: Bank
     name: str
+    averages: bool = False
 
-    def start(self) -> tuple[int, ...]:
-        return (WIDE,)
+    def start(self) -> tuple[Start, ...]:
+        return (Start(rank=WIDE),)
 
     def next_look(self, looks: Sequence[Look]) -> int | None:
         return None if looks else self.at
@@ -91,9 +95,10 @@ class CutTo:
     at: int
     ranks: tuple[int, ...]
     name: str
+    averages: bool = False
 
-    def start(self) -> tuple[int, ...]:
-        return (WIDE,)
+    def start(self) -> tuple[Start, ...]:
+        return (Start(rank=WIDE),)
 
     def next_look(self, looks: Sequence[Look]) -> int | None:
         return None if looks else self.at
@@ -110,9 +115,10 @@ class Sweep:
     ranks: tuple[int, ...]
     total: int
     name: str = "sweep"
+    averages: bool = False
 
-    def start(self) -> tuple[int, ...]:
-        return self.ranks
+    def start(self) -> tuple[Start, ...]:
+        return tuple(Start(rank=r) for r in self.ranks)
 
     def next_look(self, looks: Sequence[Look]) -> int | None:
         return None if looks else self.total
@@ -120,20 +126,6 @@ class Sweep:
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
         verdict = ONE_SE.judge(bench.direct(), bench.held)
         return Look(step=step, verdict=verdict, action=Train(), final=True, reason="written down at the end")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shared(Objective):
-    """An objective whose pick is the smallest rank that loses at most a part of what rank buys: `rules.share`."""
-
-    part: float
-
-    def judge(self, trials: Sequence[Trial], held: Held) -> Verdict:
-        verdict = super().judge(trials, held)
-        points, best = verdict.points, verdict.at(verdict.best)
-        bearable = self.part * (points[0].objective - best.objective)
-        pick = next(p for p in points if p.objective - best.objective <= max(bearable, p.se))
-        return replace(verdict, pick=pick.rank)
 
 
 def shrink(setup: Setup, objective: Objective) -> Strategy:
@@ -147,7 +139,8 @@ def read(name: str, share: float) -> Callable[[Setup], Strategy]:
 STRATEGIES: dict[str, Callable[[Setup], Strategy]] = {
     "shrink": lambda s: shrink(s, ONE_SE),
     "shrink-argmin": lambda s: shrink(s, ARGMIN),
-    "shrink-share-0.04": lambda s: shrink(s, Shared(penalty=NO_PENALTY, rule="argmin", part=0.04)),
+    "shrink-share-0.04": lambda s: shrink(s, BALANCED),
+    "race": lambda s: Race(total_steps=s.total, wide=WIDE, ranks=GRID, refine=True, objective=BALANCED),
     "grid": lambda s: Grid(ranks=GRID, look_step=s.step(0.15), refine=True, objective=ONE_SE),
     "watch": lambda s: Watch(steps=tuple(s.step(share) for share in WATCHED)),
     "oracle": lambda s: CutTo(at=s.step(CUT_AT), ranks=(s.planted_rank,), name="oracle"),

@@ -20,7 +20,7 @@ from rankrace.bank import Bank
 from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held
 from rankrace.select.search import Search, Setting
-from rankrace.select.strategy import Bench, Look, Strategy
+from rankrace.select.strategy import Bench, Look, Start, Strategy
 from rankrace.train.loop import Recipe, Trainer
 from rankrace.train.model import PackedModel
 
@@ -53,7 +53,11 @@ class Recorded:
     def name(self) -> str:
         return self.strategy.name
 
-    def start(self) -> tuple[int, ...]:
+    @property
+    def averages(self) -> bool:
+        return self.strategy.averages
+
+    def start(self) -> tuple[Start, ...]:
         return self.strategy.start()
 
     def next_look(self, looks: Sequence[Look]) -> int | None:

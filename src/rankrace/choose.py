@@ -1,6 +1,6 @@
 """Only the choice: which rank for this model and these data, without a finished adapter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,6 +79,7 @@ def search(
     validation: Sequence[dict[str, Any]] | None = None,
     *,
     task: Task = "causal",
+    price: Callable[[int], float] | None = None,
     **options: Any,
 ) -> Selection:
     """Chooses the rank for a loaded model and rows in memory; the model comes back as it was.
@@ -86,6 +87,7 @@ def search(
     Args:
         train: rows in any of the known shapes, such as {"prompt": …, "completion": …}.
         validation: held-out rows; without them a part of `train` is held out.
+        price: what a rank costs, in nats of validation loss, in place of the options' penalty.
         options: any field of RunConfig but those of files (data, out, resume, save_every, track) and of loading the
             model (device, dtype).
 
@@ -120,7 +122,7 @@ def search(
     with lent(model), Progress() as progress:
         for note in data.notes + [f"Note: {finding}" for finding in findings]:
             progress.say(note)
-        return choose(prepare(config, data, model, task), progress)
+        return choose(prepare(config, data, model, task, price), progress)
 
 
 @contextmanager
@@ -160,6 +162,7 @@ def choose(session: Session, progress: Progress) -> Selection:
     trainer, run = session.trainer, session.search
     progress.start(trainer.total, 0, 0)
     for loss_K in run.run(only_choice=True):
+        progress.say_new(trainer.notes)
         if progress.due(trainer.step):
             losses = loss_K.tolist()
             alarm_if_diverged(losses, trainer.step)

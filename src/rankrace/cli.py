@@ -1,4 +1,4 @@
-"""The command line. Each option of `train`, `search` and `preview` is a field of RunConfig, and nothing else.
+"""The command line. Each option of `train`, `search`, `preview` and `plan` is a field of RunConfig, and nothing else.
 
 What a command finds goes to stdout, so that it can be piped; everything else goes to stderr.
 """
@@ -254,6 +254,45 @@ def preview(config: RunConfig) -> None:
     for note in notes:
         out.print(note, markup=False)
     out.print(text)
+
+
+@app.command()
+@with_options
+def plan(config: RunConfig) -> None:
+    """Memory and time before the run: what it takes, whether it fits, and what would."""
+    from rankrace.forecast import forecast
+    from rankrace.progress import Progress, clock
+
+    with Progress() as progress:
+        f = forecast(config, progress)
+    c, m, (K, T) = f.config, f.memory, f.largest
+
+    def size(count: float) -> str:
+        return f"{count / 2**30:8.2f} GiB"
+
+    say("model", f"{f.parameters:,} parameters, {c.dtype} on {c.device}")
+    say("candidates", f"{len(f.ranks)} of rank {', '.join(map(str, f.ranks))}")
+    say("steps", f"{f.steps:,} of {f.step_tokens:,.0f} tokens, {f.looks} looks")
+    say("passes", f"at most {c.micro_tokens:,} tokens; the largest {T:,} × {K}; compile {c.compile}, "
+        f"CUDA graphs {c.cuda_graphs}")  # fmt: skip
+    say("memory", f"{size(m.base)}  {'process and base model' if c.device == 'cpu' else 'base model'}")
+    for part, name in (
+        (m.workspace, "libraries"),
+        (m.candidates, "candidates: factors, gradients, moments"),
+        (m.training, "the largest pass: activations, logits"),
+        (m.looking, "or a look: truncations, its largest pass"),
+        (m.graphs, "CUDA graphs: the pass again, reserved"),
+    ):
+        if part:
+            say("", f"{size(part)}  {name}")
+    say("peak", size(m.peak).strip())
+    if f.remedy is None:
+        say("fits", f"yes: {size(m.wanted).strip()} of {size(m.capacity).strip()}")
+    else:
+        say("fits", f"no: {size(m.wanted).strip()} of {size(m.capacity).strip()}; what would: {f.remedy}")
+    if f.seconds is not None:
+        say("step", f"{f.seconds.step:.2f} s")
+        say("time", f"{clock(f.seconds.whole)}, {clock(f.seconds.looks)} of it for looks")
 
 
 @app.command()

@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
 
     # --- which rank
     strategy: Literal["shrink", "race", "grid"] = "shrink"
-    """shrink one wide adapter; race: cut it to several ranks that train on side by side; grid: those from the start."""
+    """shrink one wide adapter; race: cut it to several ranks that train on side by side; grid: from the start."""
     ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (2, 4, 8, 16, 32)
     """Candidate ranks. shrink starts at twice the largest and may pick any integer up to the largest."""
     refine: bool = True
@@ -53,7 +53,7 @@ class RunConfig(BaseModel):
     prefer: Literal["quality", "balanced", "small"] = "balanced"
     """A smaller rank may lose 1%, 4% or 8% of what rank itself buys, or what the noise hides (rule one_se)."""
     penalty: Literal["log2", "parameters", "bytes"] = "log2"
-    """log2: κ·G·log2(r). parameters, bytes: λ·p(r), with the adapter's parameters per base parameter, or its bytes."""
+    """log2: κ·G·log2(r). parameters, bytes: λ·p(r), p the adapter's parameters per base parameter, or bytes."""
     penalty_weight: Annotated[float, Field(ge=0)] = 0.0
     """λ, in nats, of the penalties parameters and bytes."""
     kappa: Annotated[float, Field(ge=0)] = 0.0

@@ -31,7 +31,7 @@ def checked(values: dict[str, Any]) -> RunConfig:
             fix="give it a value, or leave it out",
         )
     try:
-        return RunConfig(**values)
+        config = RunConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-") if first["loc"] else "configuration"
@@ -41,3 +41,24 @@ def checked(values: dict[str, Any]) -> RunConfig:
             why="the run cannot start without it" if missing else "the value is outside what the option takes",
             fix=f"give --{name}; `rankrace train --help` says what it takes",
         ) from error
+    refuse_idle(config)
+    return config
+
+
+def refuse_idle(config: RunConfig) -> None:
+    """Raises RankraceError for an option that others leave without effect."""
+    opening = len({1.0, *config.lr_scales}) > 1 or config.twin
+    idle = [
+        ("lr_scales or twin", opening and config.strategy == "grid", "strategy shrink or race"),
+        ("layer_ranks", config.layer_ranks != "uniform" and config.strategy != "shrink", "strategy shrink"),
+        ("penalty_weight", config.penalty_weight > 0 and config.penalty == "log2", "penalty parameters or bytes"),
+        ("kappa", config.kappa > 0 and config.penalty != "log2", "penalty log2"),
+        ("prefer", config.prefer != "balanced" and config.rule == "argmin", "rule one_se"),
+    ]
+    for option, is_idle, needs in idle:
+        if is_idle:
+            raise RankraceError(
+                f"the option {option} has no effect here",
+                why=f"it goes with {needs}",
+                fix=f"choose {needs}, or leave it out",
+            )

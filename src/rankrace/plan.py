@@ -6,12 +6,16 @@ import torch
 from transformers import PreTrainedModel
 
 from rankrace.bank import Bank
+from rankrace.bank.attach import padded
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
 from rankrace.select.learning_rate import default_lr
+from rankrace.select.race import HEATS, PROBE
 from rankrace.select.shrink import PLANS
 from rankrace.train.loop import Trainer
+from rankrace.train.memory import free_bytes, probe
+from rankrace.train.model import PackedModel
 
 LOOK_SHARE, FRESH_SHARE = 0.10, 0.05
 """What the looks, and the first and last figures, may cost, as shares of the training's own work."""
@@ -21,16 +25,25 @@ GPU_OPERATIONS = 4e14
 """Matrix products a second, in bfloat16, of the usual chip."""
 LAUNCH_SECONDS = 2.5e-4
 """What launching the kernels of one adapted layer and its surroundings takes from Python, both ways."""
+HOST_TOKENS = 4096
+"""Of a pass on a CPU: longer ones are not faster there."""
+LEAST_TOKENS, MOST_TOKENS = 512, 32768
+"""Of a pass on a GPU; longer ones are not faster."""
+FREE_SHARE = 0.85
+"""Of the free memory is planned with: the rest is for gaps between blocks, and for what a probe does not see."""
 COMPILE_WORTH = 120.0
 """Seconds of work from which 20 seconds of compiling are repaid."""
 
 
-def resolved(config: RunConfig, data: Data, bank: Bank, task: Task) -> RunConfig:
+def resolved(config: RunConfig, data: Data, packed: PackedModel[Bank], task: Task) -> RunConfig:
     """The configuration with every default made explicit."""
-    model = bank.model
+    bank, model = packed.bank, packed.model
     width = model.config.get_text_config().hidden_size
-    micro_tokens = config.micro_tokens or default_micro_tokens(model)
+    fitting = Fitting.of(config, data, packed)
+    micro_tokens = config.micro_tokens or fitting.tokens(graphs=False)
     compile_, graphs = launching(config, data, bank, micro_tokens)
+    if (graphs if config.cuda_graphs == "auto" else config.cuda_graphs) == "on":
+        micro_tokens = config.micro_tokens or fitting.tokens(graphs=True)
     return config.model_copy(
         update={
             "task": task,
@@ -61,6 +74,62 @@ def launching(config: RunConfig, data: Data, bank: Bank, micro_tokens: int) -> t
     return "on" if whole > COMPILE_WORTH else "off", "on" if products < launches else "off"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """The longest passes that fit, from a probe; on a CPU, and where they are given, without one."""
+
+    plain: int
+    with_graphs: int
+    """A graph keeps the memory of its passes beside that of the eager ones."""
+
+    def tokens(self, *, graphs: bool) -> int:
+        return self.with_graphs if graphs else self.plain
+
+    @staticmethod
+    def of(config: RunConfig, data: Data, packed: PackedModel[Bank]) -> "Fitting":
+        bank = packed.bank
+        if bank.device.type != "cuda" or config.micro_tokens is not None:
+            return Fitting(plain=HOST_TOKENS, with_graphs=HOST_TOKENS)
+        K, R = starting(config, bank)
+        bank.start((R,), (1.0,))
+        cost = probe(packed, data.train.examples)
+        room = FREE_SHARE * free_bytes(bank.device) - candidate_bytes(bank, K, R)
+
+        def within(room: float) -> int:
+            tokens = cost.tokens_in(room, padding_of(data))
+            return max(LEAST_TOKENS, min(MOST_TOKENS, tokens // 512 * 512))
+
+        return Fitting(plain=within(room), with_graphs=within(room / 2))
+
+
+def starting(config: RunConfig, bank: Bank) -> tuple[int, int]:
+    """How many candidates a run begins with, and the largest of their ranks."""
+    largest = max(config.ranks)
+    if config.strategy == "grid":
+        return len(set(config.ranks)), largest
+    return len({1.0, *config.lr_scales}) + config.twin, widest(largest, bank)
+
+
+def widest(largest: int, bank: Bank) -> int:
+    """The rank from which others are cut: twice the largest that may be picked, where there is such a rank."""
+    return min(2 * largest, bank.largest_rank)
+
+
+def candidate_bytes(bank: Bank, K: int, R: int, flats: int = 4) -> int:
+    """Of K candidates padded to rank R: values, gradients and two moments, and what the products use.
+
+    Args:
+        flats: how many of the four there are.
+    """
+    per_value = flats * bank.dtype.itemsize + bank.model.dtype.itemsize
+    return K * bank.trainable_parameters(padded(R)) * per_value
+
+
+def padding_of(data: Data) -> float:
+    """Cells for each token, where rows are padded to their longest example: at most so many."""
+    return float(data.train.lengths.max() / data.train.lengths.mean())
+
+
 def default_micro_tokens(model: PreTrainedModel) -> int:
     """Tokens whose activations fit: 4096 on a CPU; on a GPU what 60% of the free memory holds."""
     if model.device.type != "cuda":
@@ -78,7 +147,7 @@ class LookPlan:
     """How much of the training's own work goes into measuring."""
 
     fractions: tuple[float, ...]
-    """When shrink looks, as shares of the training."""
+    """When to look, as shares of the training."""
     looked: int
     """Examples that a look measures."""
     fresh: int
@@ -94,7 +163,7 @@ class LookPlan:
         training = 2 * float(data.train.lengths.sum()) * trainer.total / trainer.per_epoch / length
         ranks = len(config.ranks) + 1
         refinement = 4 if config.refine else 0
-        plans = PLANS if config.strategy == "shrink" else ((config.search_fraction,),)
+        plans = {"shrink": PLANS, "race": ((PROBE, *HEATS),), "grid": ((config.search_fraction,),)}[config.strategy]
         affordable = [int(LOOK_SHARE * training / (len(plan) * ranks + refinement)) for plan in plans]
         chosen = next((i for i, looked in enumerate(affordable) if looked >= LOOK_ENOUGH), len(plans) - 1)
         return LookPlan(

@@ -22,6 +22,7 @@ class Progress:
         self.console = Console(file=sys.stderr, highlight=False)
         self.status: Status | None = None
         self.shown = 0.0
+        self.said = 0
         self.start(total=1, step=0, tokens=0)
 
     def start(self, total: int, step: int, tokens: int) -> None:
@@ -43,6 +44,12 @@ class Progress:
         """A line that stays."""
         # On a terminal whole words are wrapped; in a file a line stays one line.
         self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
+
+    def say_new(self, lines: Sequence[str]) -> None:
+        """Those at the end of a growing list that were not there at the last call."""
+        for line in lines[self.said :]:
+            self.say(line)
+        self.said = len(lines)
 
     def phase(self, text: str) -> None:
         """What is being done between steps."""

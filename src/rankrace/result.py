@@ -99,6 +99,23 @@ class Decision(_Record):
     """Whether the limit of the search forced the decision before it was stable."""
     confident: bool
     """Whether the paired standard errors bear the choice out."""
+    lr_scale: float = 1.0
+    """The learning rate that was chosen (--lr-scales), times the rank's own."""
+    lr_edge: Literal["low", "high"] | None = None
+    """Whether that is the smallest or the largest of those tried."""
+    chance: Measured = None
+    """Difference of two trainings that are alike but for their initial factors (--twin), nats."""
+
+
+class LearningRate(_Record):
+    """One that was tried before the search."""
+
+    scale: float
+    """Times the rank's own."""
+    loss: Measured
+    """Of the average of the factors over the later steps."""
+    se: Measured
+    """Standard error of the paired difference from the best."""
 
 
 class Candidate(_Record):
@@ -194,6 +211,7 @@ class Result(_Record):
     decision: Decision
     candidates: list[Candidate]
     looks: list[Look] = Field(default_factory=list)
+    learning_rates: list[LearningRate] = Field(default_factory=list)
     history: list[Series] = Field(default_factory=list)
     """Training loss by step, one series a candidate (two for one that changed its rank)."""
     time: Time

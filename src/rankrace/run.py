@@ -8,14 +8,15 @@ import shlex
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankrace._version import __version__
 from rankrace.bank import adapter_of, lora_config, save_adapter
 from rankrace.config import RunConfig
-from rankrace.data import encode_splits, make_encoder, read_splits
+from rankrace.data import Data, encode_splits, make_encoder, read_splits
 from rankrace.data.checks import check_encoded
 from rankrace.data.encoded import Task
 from rankrace.errors import RankraceError
@@ -30,6 +31,7 @@ from rankrace.result import (
     CurvePoint,
     DataFacts,
     Decision,
+    LearningRate,
     Look,
     Loss,
     Memory,
@@ -116,6 +118,16 @@ def resume_command(folder: OutputFolder) -> str:
 def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTrainedTokenizerBase, Clock]:
     """Everything up to the first step; writes nothing."""
     clock = Clock()
+    data, model, tokenizer, task = load(config, progress)
+    progress.phase("measuring the base model")
+    began = time.perf_counter()
+    session = prepare(config, data, model, task)
+    clock.evaluation = time.perf_counter() - began
+    return session, tokenizer, clock
+
+
+def load(config: RunConfig, progress: Progress) -> tuple[Data, PreTrainedModel, PreTrainedTokenizerBase, Task]:
+    """Data and model, checked; what was found is said."""
     device = chosen_device(config.device)
     progress.phase("reading the data")
     task = task_of(config)
@@ -136,11 +148,7 @@ def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTra
         labels=data.labels,
     ):
         progress.say(f"Note: {finding}")
-    progress.phase("measuring the base model")
-    began = time.perf_counter()
-    session = prepare(config, data, model, task)
-    clock.evaluation = time.perf_counter() - began
-    return session, tokenizer, clock
+    return data, model, tokenizer, task
 
 
 def task_of(config: RunConfig) -> Task:
@@ -174,6 +182,7 @@ def drive(
         curves.follow()
 
     for loss_K in search.run():
+        progress.say_new(trainer.notes)
         if search.decided and not decided:
             decided = True
             progress.say(decision_line(session))
@@ -225,7 +234,19 @@ def decision_of(session: Session) -> Decision:
         edge=look.edge,
         capped=look.capped,
         confident=is_confident(look),
+        lr_scale=look.lr_scale,
+        lr_edge=lr_edge(session),
+        chance=look.chance,
     )
+
+
+def lr_edge(session: Session) -> Literal["low", "high"] | None:
+    """Whether the learning rate that was chosen is the smallest or the largest of those tried."""
+    look = session.search.state.looks[0]
+    scales = [rated.lr_scale for rated in look.rates]
+    if len(scales) < 2 or min(scales) < look.lr_scale < max(scales):
+        return None
+    return "low" if look.lr_scale == min(scales) else "high"
 
 
 def finish(
@@ -314,7 +335,12 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
             )
             for seen in search.state.looks
             for source in SOURCES
-            if any(p.source == source for p in seen.verdict.points)
+            if not seen.rates and any(p.source == source for p in seen.verdict.points)
+        ],
+        learning_rates=[
+            LearningRate(scale=rated.lr_scale, loss=rated.loss, se=rated.se)
+            for seen in search.state.looks
+            for rated in seen.rates
         ],
         history=[
             Series(rank=e.rank, steps=list(range(e.began + 1, e.began + 1 + e.steps)), losses=e.losses)
@@ -335,7 +361,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
             dropped=data.train.dropped + data.validation.dropped,
             sha256=data.sha256,
         ),
-        notes=[*data.notes, *session.notes],
+        notes=[*data.notes, *session.notes, *trainer.notes],
         versions=versions(bank.device),
         seed=config.seed,
     )

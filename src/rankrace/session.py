@@ -19,21 +19,14 @@ from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.errors import RankraceError
 from rankrace.plan import LookPlan, resolved
-from rankrace.select.grid import Grid
+from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.learning_rate import lr_for, multiplier
-from rankrace.select.objective import Held, Objective, Penalty, linear_penalty, log2_penalty
-from rankrace.select.opening import Opening
-from rankrace.select.race import Race
+from rankrace.select.objective import Held, linear_penalty
 from rankrace.select.search import Search, SearchState, Setting
-from rankrace.select.shrink import Shrink
-from rankrace.select.strategy import Strategy
 from rankrace.train.compiled import compile_blocks
 from rankrace.train.loop import Measured, Recipe, Trainer
 from rankrace.train.model import PackedModel
 
-SHARES = {"quality": 0.01, "balanced": 0.04, "small": 0.08}
-"""What part of what rank buys a smaller rank may lose. 4% finds planted ranks (docs/planted.md), 1 and 2% too large a
-one; 8% is the part from which on real tasks lose what a validation set can tell (docs/selection.md)."""
 FRESH_LEAST = 10
 """With fewer examples than this in each half, validation is not halved."""
 
@@ -113,29 +106,40 @@ class Session:
         self.search.state = _state.validate_python(state["search"])
 
 
+def ready(
+    config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task
+) -> tuple[RunConfig, Trainer[Bank], LookPlan]:
+    """Attaches the bank, checks that the model can run packed, and decides what is decided before the first step."""
+    bank = Bank(hf_model, target_modules=config.target_modules, seed=config.seed, dropout=config.dropout)
+    bank.check_ranks(config.ranks)
+    model = PackedModel(hf_model, bank, task)
+    shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
+    model.verify(model.pack(data.train.examples, shortest))
+    config = resolved(config, data, model, task)
+    assert config.micro_tokens is not None
+    if config.compile == "on":
+        compile_blocks(bank)
+    trainer = Trainer(model, data.train.examples, recipe_of(config, config.micro_tokens))
+    return config, trainer, LookPlan.of(config, data, trainer)
+
+
 def prepare(
-    config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task, penalty: Callable[[int], float] | None = None
+    config: RunConfig,
+    data: Data,
+    hf_model: PreTrainedModel,
+    task: Task,
+    penalty: Callable[[int], float] | None = None,
 ) -> Session:
-    """Attaches the bank, checks that the model can run packed, measures the base, and readies the strategy.
+    """Readies the loop, measures the base, and readies the strategy.
 
     Args:
         penalty: rank → nats, in place of the configuration's own.
     """
-    bank = Bank(hf_model, target_modules=config.target_modules, seed=config.seed, dropout=config.dropout)
-    bank.check_ranks(config.ranks)
-    config = resolved(config, data, bank, task)
+    config, trainer, plan = ready(config, data, hf_model, task)
     assert config.lr is not None
-    assert config.micro_tokens is not None
-    lr = config.lr
-    model = PackedModel(hf_model, bank, task)
-    shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
-    model.verify(model.pack(data.train.examples, shortest))
-    if config.compile == "on":
-        compile_blocks(bank)
-    trainer = Trainer(model, data.train.examples, recipe_of(config, config.micro_tokens))
-    plan = LookPlan.of(config, data, trainer)
+    lr, bank = config.lr, trainer.bank
     price = penalty_of(config, bank) if penalty is None else linear_penalty(1.0, penalty)
-    strategy = make_strategy(config, trainer.total, bank, plan, price)
+    strategy = make_strategy(config, trainer.total, bank, plan.fractions, price)
     looked, fresh, notes = divide(data.validation.examples, plan, config.seed)
     with bank.off():
         base_looked, base_fresh = trainer.measure(looked), trainer.measure(fresh)
@@ -178,48 +182,6 @@ def recipe_of(config: RunConfig, micro_tokens: int) -> Recipe:
         seed=config.seed,
         graphs=config.cuda_graphs == "on",
     )
-
-
-def penalty_of(config: RunConfig, bank: Bank) -> Penalty:
-    """What the configuration charges for a rank."""
-    match config.penalty:
-        case "log2":
-            return log2_penalty(config.kappa)
-        case "parameters":
-            return linear_penalty(config.penalty_weight, lambda r: bank.trainable_parameters(r) / bank.base_parameters)
-        case "bytes":
-            size = bank.model.dtype.itemsize
-            return linear_penalty(config.penalty_weight, lambda r: bank.trainable_parameters(r) * size)
-
-
-def make_strategy(config: RunConfig, total: int, bank: Bank, plan: LookPlan, penalty: Penalty) -> Strategy:
-    objective = Objective(penalty=penalty, rule=config.rule, share=SHARES[config.prefer])
-    ranks = tuple(sorted(set(config.ranks)))
-    wide = min(2 * ranks[-1], bank.largest_rank)
-    match config.strategy:
-        case "grid":
-            at = max(1, round(config.search_fraction * total))
-            return Grid(ranks=ranks, look_step=at, refine=config.refine, objective=objective)
-        case "race":
-            strategy: Strategy = Race(
-                total_steps=total, wide=wide, ranks=ranks, refine=config.refine, objective=objective
-            )
-        case "shrink":
-            strategy = Shrink(
-                total_steps=total,
-                wide=wide,
-                largest=ranks[-1],
-                refine=config.refine,
-                objective=objective,
-                fractions=plan.fractions,
-                layers=config.layer_ranks == "pooled",
-            )
-    scales = tuple(sorted({1.0, *config.lr_scales}))
-    if len(scales) == 1 and not config.twin:
-        return strategy
-    first = strategy.next_look([])
-    assert first is not None
-    return Opening(inner=strategy, scales=scales, twin=config.twin, look_step=first, objective=objective)
 
 
 def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list[Encoded], list[Encoded], list[str]]:

@@ -230,9 +230,7 @@ class Bank:
 
     # --- which candidates there are
 
-    def start(
-        self, ranks: Sequence[int], multipliers: Sequence[float], draws: Sequence[int] | None = None
-    ) -> None:
+    def start(self, ranks: Sequence[int], multipliers: Sequence[float], draws: Sequence[int] | None = None) -> None:
         """Fresh candidates: A ~ U(±1/√D_in) as in PEFT, B = 0.
 
         Nested: a candidate of rank r gets the first r rows of what any larger one gets, alone or in company.

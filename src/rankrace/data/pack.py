@@ -188,6 +188,10 @@ class Batch:
 
     micros: tuple[tuple[int, ...], ...]
 
+    def repacked(self, lengths: Sequence[int] | np.ndarray, micro_tokens: int) -> "Batch":
+        """The same examples as `epoch_batches` would pack them for another token budget."""
+        return Batch(_micro_rows([i for row in self.micros for i in row], lengths, micro_tokens))
+
 
 def epoch_batches(
     lengths: Sequence[int] | np.ndarray, batch_size: int, micro_tokens: int, seed: int, epoch: int

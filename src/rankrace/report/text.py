@@ -97,10 +97,18 @@ def doubts(rank: int, decision: Decision) -> list[str]:
             f"Decided at the limit: the choice had not settled by the last look, after "
             f"{percent(decision.fraction)} of training."
         )
-    if not decision.confident and not found:  # either of the above is why
+    if not decision.confident and not found and rank == 1:
+        found.append("Not confident: there is no smaller rank than 1 to hold it against.")
+    elif not decision.confident and not found:  # either of the above is why
         found.append(
             "Not confident: the paired errors do not separate this rank from its neighbours. "
             "Another seed may choose another rank."
+        )
+    if decision.lr_edge is not None:
+        end, more = ("largest", "larger") if decision.lr_edge == "high" else ("smallest", "smaller")
+        found.append(
+            f"Learning rate: the {end} that was tried was the best, {decision.lr_scale:g} times --lr. A {more} one "
+            "may be better, and a rank chosen at a wrong one may be wrong; try more with --lr-scales."
         )
     return found
 

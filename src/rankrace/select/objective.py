@@ -76,6 +76,8 @@ class Verdict:
     """The rank of lowest objective; the pick may be smaller, within one standard error of it."""
     gain: float
     """G = L(base) − min_r L(r)."""
+    bought: float
+    """What rank buys: J(smallest rank) − min_r J(r)."""
     clusters: int
     """Independent groups of held-out examples, from which the standard errors are estimated."""
 
@@ -86,11 +88,6 @@ class Verdict:
     def alive(self) -> list[Point]:
         """The points with a finite loss."""
         return [p for p in self.points if p.alive]
-
-    @property
-    def bought(self) -> float:
-        """What rank buys on this curve: the objective of its smallest rank above the lowest one."""
-        return self.alive[0].objective - self.at(self.best).objective
 
     @property
     def edge(self) -> Edge:
@@ -141,6 +138,8 @@ class Objective:
             loss + p if math.isfinite(loss) else math.inf for loss, p in zip(losses, penalties, strict=True)
         ]
         lowest = min(objectives)
+        if bought is None:
+            bought = next(o for o in objectives if math.isfinite(o)) - lowest
         # Sums in another order differ in the last digits; that is a tie too.
         tie = 1e-9 * abs(lowest)
         best = next(i for i, o in enumerate(objectives) if o <= lowest + tie)
@@ -155,9 +154,7 @@ class Objective:
         if gain <= 0:
             pick = next(i for i, o in enumerate(objectives) if math.isfinite(o))
         elif self.rule == "one_se":
-            smallest = next(o for o in objectives if math.isfinite(o))
-            bearable = self.share * (smallest - lowest if bought is None else bought)
-            slack = np.maximum(np.nan_to_num(ses), max(tie, bearable))
+            slack = np.maximum(np.nan_to_num(ses), max(tie, self.share * bought))
             pick = next(i for i, o in enumerate(objectives) if o <= objectives[best] + slack[i])
         points = tuple(
             Point(rank=t.rank, loss=loss, se=se, penalty=p, objective=o, source=t.source)
@@ -168,5 +165,6 @@ class Objective:
             pick=trials[pick].rank,
             best=trials[best].rank,
             gain=gain,
+            bought=bought,
             clusters=len(np.unique(held.cluster_N)),
         )

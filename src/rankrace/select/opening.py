@@ -1,8 +1,8 @@
 """opening: before a strategy that starts with one candidate, several learning rates of it, side by side.
 
-A learning rate that is off looks like an effect of the rank, and costs more than any rank does (docs/selection.md). The
-candidates differ in nothing else, so the comparison is paired; the averages of their factors are compared, since a
-large rate's values themselves look worse until the end of the schedule than what they have learnt.
+A learning rate that is off looks like an effect of the rank, and costs more than any rank does (docs/selection.md).
+The candidates differ in nothing else, so the comparison is paired; the averages of their factors are compared, since
+a large rate's values themselves look worse, until the end of the schedule, than what they have learnt.
 
 A twin, alike but for the draw of its initial factors, shows how much of a difference between two trainings is chance.
 """
@@ -56,7 +56,8 @@ class Opening:
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
         if not looks:
             return self.choose(step, bench)
-        return replace(self.inner.look(step, looks[1:], bench), lr_scale=looks[0].lr_scale)
+        opened = looks[0]
+        return replace(self.inner.look(step, looks[1:], bench), lr_scale=opened.lr_scale, chance=opened.chance)
 
     def choose(self, step: int, bench: Bench) -> Look:
         """The rate of lowest loss; the one given, where it is within one paired standard error of that."""

@@ -1,7 +1,7 @@
 """race: cut one wide candidate to several ranks, let them heal side by side, drop the worst, keep the winner.
 
-All start from the same update, so that none is ahead for being small; what a cut takes away that can be learnt again is
-learnt again before it counts. Dearer than `shrink`, which takes the cut itself for the answer: each heat trains several.
+All start from the same update, so that none is ahead for being small; what a cut takes away that can be learnt again
+is learnt again before it counts. Dearer than `shrink`, which takes the cut itself for the answer.
 """
 
 from collections.abc import Sequence
@@ -56,13 +56,15 @@ class Race:
         return self.probe(step, bench, last) if not looks else self.heat(step, looks, bench, last)
 
     def probe(self, step: int, bench: Bench, last: bool) -> Look:
-        """Which ranks race. A cut is the worst case of a rank: where even it is good enough, no larger one is needed."""
+        """Which ranks race. A cut is the worst case of a rank: where it is good enough, no larger one is needed."""
         ladder = sorted({1, *self.ranks})
         verdict = self.objective.judge(bench.truncated(0, ladder), bench.held)
         enough = next((r for r in self.ranks if r >= verdict.pick), self.ranks[-1])
         racers = tuple(r for r in self.ranks if r <= enough)[-MOST:]
         if last or len(racers) == 1:
-            words = "a training too short for a race" if last else "even cut to it, the update loses nothing that counts"
+            words = (
+                "a training too short for a race" if last else "even cut to it, the update loses nothing that counts"
+            )
             return Look(
                 step=step,
                 verdict=replace(verdict, pick=enough),

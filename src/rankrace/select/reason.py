@@ -25,10 +25,15 @@ def reason(look: Look, *, share: float, examples: int) -> str:
     elif pick.rank == best.rank:
         what = "loss plus penalty" if any(p.penalty for p in v.points) else "validation loss"
         words = f"rank {pick.rank} has the lowest {what} ({best.objective:.4f} nats)"
+    elif pick.objective - best.objective <= pick.se:
+        words = (
+            f"ranks {pick.rank} to {like_the_pick(v).rank} cannot be told apart on this validation set, and "
+            f"{pick.rank} is the smallest: {behind(pick, best)} nats behind the best, rank {best.rank}"
+        )
     else:
         words = (
-            f"rank {pick.rank} is the smallest measured within one standard error of the best, rank {best.rank}: "
-            f"{behind(pick, best)} nats behind"
+            f"rank {pick.rank} is the smallest that loses little of what rank buys: {behind(pick, best)} nats behind "
+            f"the best, rank {best.rank}, of {v.bought:.4f} nats"
         )
     below = below_pick(v)
     if below is not None and v.gain > 0:
@@ -46,14 +51,27 @@ def behind(point: Point, best: Point) -> str:
 def is_confident(look: Look) -> bool:
     """The pick is settled and well inside the range, and a clearly smaller rank is measurably worse.
 
-    Measurably: by two paired standard errors, estimated from enough independent examples.
+    Measurably: by two paired standard errors, estimated from enough independent examples, and by twice the difference
+    that chance makes between two trainings, where that was asked for.
     """
     v = look.verdict
     below, largest = below_pick(v), v.alive[-1].rank
     settled = not look.capped and look.edge is None and v.pick <= CLEARLY_SMALLER * largest
     if below is None or not settled or v.clusters < LEAST_CLUSTERS:
         return False
-    return below.objective - v.at(v.best).objective >= 2 * below.se
+    error = below.se if look.chance is None else max(below.se, look.chance)
+    return below.objective - v.at(v.best).objective >= 2 * error
+
+
+def like_the_pick(verdict: Verdict) -> Point:
+    """The largest rank up to which all measured ones from the pick on are within one standard error of the best."""
+    best, like = verdict.at(verdict.best), verdict.at(verdict.pick)
+    for point in verdict.alive:
+        if point.rank > like.rank:
+            if point.objective - best.objective > point.se:
+                break
+            like = point
+    return like
 
 
 def below_pick(verdict: Verdict) -> Point | None:

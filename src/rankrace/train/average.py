@@ -1,8 +1,9 @@
 """An average of what is trained, over the later part of its steps.
 
 At a high learning rate the values wander about what they have learnt, and the loss with them; the end of the schedule
-takes that away. An average shows early on what would be left: with it a comparison after a tenth or two of the training
-puts learning rates in the order of their ends, where the values themselves put the smaller one first (docs/selection.md).
+takes that away. An average shows early on what would be left: with it a comparison after a tenth or two of the
+training puts learning rates in the order of their ends, where the values themselves put the smaller one first
+(docs/selection.md).
 
 Shapes: K candidates, P trainable values of one candidate.
 """

@@ -3,13 +3,17 @@
 It runs optimiser steps over whatever K candidates the bank (or any other `Trained`) holds and measures them on
 held-out examples. It knows nothing of ranks, of looks or of choices.
 
+Out of memory: the work is taken again from its beginning in passes of half as many tokens. Candidates side by side
+become fewer first, since rows get shorter only when the budget falls below theirs; no example is ever cut. Gradients
+and losses are sums over passes, so the result is the same, but for dropout: its masks go by the packed rows.
+
 Shapes: K candidates, S targets of a packed row, N examples of a set.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Generic, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +22,16 @@ from torch import Tensor
 from rankrace.bank import Bank, Candidates, Spectrum, carried
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, size_buckets, validation_batches
+from rankrace.errors import RankraceError
 from rankrace.train.average import Average
+from rankrace.train.memory import free_caches, out_of_memory
 from rankrace.train.model import PackedModel
 from rankrace.train.optimizer import BankAdamW, Optimizer
 from rankrace.train.passes import Eager, Graphs
 from rankrace.train.schedule import Schedule
 from rankrace.train.trained import B
+
+R = TypeVar("R")
 
 GRAPH_SIZES = 6
 """More sizes pad less, and cost a capture each."""
@@ -68,6 +76,14 @@ class Measured:
         return self.correct_KN.mean(1)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A pass that has begun."""
+
+    size: Size
+    candidates: int
+
+
 class Trainer(Generic[B]):
     """Optimiser steps over a bank.
 
@@ -91,8 +107,18 @@ class Trainer(Generic[B]):
         self.seconds = 0.0
         self.average: Average | None = None
         """Of the values, since `follow`."""
+        self._running: Running | None = None
+        self.notes: list[str] = []
+        """What a person should know of how the steps went."""
+        self.begin_passes()
+
+    def begin_passes(self) -> None:
+        """Fresh passes for the recipe's token budget; graphs and batches that were made for another are let go."""
         self._epoch: tuple[int, list[Batch]] = (-1, [])
-        self.passes = Graphs(model, size_buckets(self.sizes(), GRAPH_SIZES)) if recipe.graphs else Eager(model)
+        model = self.model
+        self.passes = Eager(model)
+        if self.recipe.graphs:
+            self.passes = Graphs(model, size_buckets(self.sizes(), GRAPH_SIZES))
 
     # --- which candidates train
 
@@ -149,28 +175,40 @@ class Trainer(Generic[B]):
 
     def take_step(self, batch: Batch) -> Tensor:
         """Forward and backward over every packed row of the batch, then one update. Returns losses [K]."""
+        while (loss_K := self.attempt(lambda rows=batch.micros: self.accumulate(rows))) is None:
+            self.bank.gradients.all_KP.zero_()
+            batch = batch.repacked(self.lengths, self.recipe.micro_tokens)
+        factor = self.schedule.at(self.step)
+        self.optimizer.step([lr * factor for lr in self.lr_K])
+        if self.average is not None:
+            self.average.add()
+        self.step += 1
+        self.tokens += sum(self.lengths[i] for row in batch.micros for i in row)
+        return loss_K
+
+    def accumulate(self, micros: Sequence[Sequence[int]]) -> Tensor:
+        """Adds the gradients of the mean loss over these examples to the bank's. Returns losses [K]."""
         K = len(self.lr_K)
-        rows = [self.model.pack(self.train, row) for row in batch.micros]
+        rows = [self.model.pack(self.train, row) for row in micros]
         # One global count, so that any split into packed rows gives the same gradient.
         supervised = sum(row.targets_S.shape[0] for row in rows)
         share = torch.tensor(1 / supervised, dtype=self.bank.dtype, device=self.bank.device)
         loss_K = torch.zeros(K, device=self.bank.device, dtype=self.bank.dtype)
         for micro, row in enumerate(rows):
             for active in self.groups(row, K):
+                self._running = Running(row.size, active.stop - active.start)
                 with self.bank.training(self.step, micro):
                     loss_K[active] += self.passes.run(row, active, share)
-        factor = self.schedule.at(self.step)
-        self.optimizer.step([lr * factor for lr in self.lr_K])
-        if self.average is not None:
-            self.average.add()
-        self.step += 1
-        self.tokens += sum(row.input_ids_T.shape[0] for row in rows)
         return loss_K
 
     def groups(self, row: Packed, K: int) -> list[slice]:
         """Candidates side by side as far as the token budget reaches, the rest one group after another."""
-        size = max(1, min(K, self.recipe.micro_tokens // row.input_ids_T.shape[0]))
+        size = self.abreast(row.size.tokens, K)
         return [slice(k, min(k + size, K)) for k in range(0, K, size)]
+
+    def abreast(self, tokens: int, K: int) -> int:
+        """How many of K candidates a row of so many tokens runs with side by side."""
+        return max(1, min(K, self.recipe.micro_tokens // tokens))
 
     def batch(self, step: int) -> Batch:
         epoch, index = divmod(step, self.per_epoch)
@@ -197,11 +235,54 @@ class Trainer(Generic[B]):
             for row in rows
         ]
 
+    # --- running out of memory
+
+    def attempt(self, work: Callable[[], R]) -> R | None:
+        """What the work gives; None: memory ran out, passes are smaller from now on, and it has to be done again.
+
+        Raises:
+            RankraceError: passes cannot be smaller.
+        """
+        self._running = None
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if self._running is None or not out_of_memory(error):
+                raise
+            failed = self._running
+        # Out here the error is gone, and with it the frames that held on to what the pass had made.
+        self.back_off(failed)
+        return None
+
+    def back_off(self, failed: "Running") -> None:
+        """Passes of at most half as many tokens as this one from now on."""
+        tokens = failed.size.tokens * failed.candidates
+        if failed.candidates == failed.size.examples == 1:
+            raise RankraceError(
+                f"out of memory: an example of {tokens:,} tokens does not fit on {self.bank.device}",
+                why="one example with one candidate is the smallest pass there is",
+                fix="lower --max-length, use a smaller model, or a device with more memory",
+            )
+        budget = min(tokens // 2, self.recipe.micro_tokens)
+        self.recipe = replace(self.recipe, micro_tokens=budget)
+        self.begin_passes()
+        self.bank.refresh()
+        free_caches()
+        self.notes.append(
+            f"Out of memory in a pass of {tokens:,} tokens ({failed.size.tokens:,} × {failed.candidates}) at step "
+            f"{self.step + 1}: taken again, from now on with at most {budget:,} tokens a pass."
+        )
+
     # --- measuring
 
-    @torch.no_grad()
     def measure(self, examples: Sequence[Encoded]) -> Measured:
         """The bank's candidates (or, switched off, the base) on held-out examples; dropout is off."""
+        while (measured := self.attempt(lambda: self.measure_all(examples))) is None:
+            pass
+        return measured
+
+    @torch.no_grad()
+    def measure_all(self, examples: Sequence[Encoded]) -> Measured:
         K = self.bank.running
         loss_KN = np.zeros((K, len(examples)))
         tokens_N = np.zeros(len(examples), dtype=np.int64)
@@ -211,6 +292,7 @@ class Trainer(Generic[B]):
             where_S = np.asarray(indices)[row.example_S.cpu().numpy()]
             np.add.at(tokens_N, where_S, 1)
             for active in self.groups(row, K):
+                self._running = Running(row.size, active.stop - active.start)
                 with self.bank.only(active):
                     token = self.model.losses(row)
                 rows = range(active.start, active.stop)

@@ -40,6 +40,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grads.append(grad)
                 for mine, new in zip(weight_grads, of_weights, strict=True):
                     mine.add_(new)
+                del grad_MV
+            del logits_MV, logs_MV  # before those of the next chunk come
         ctx.save_for_backward(*([torch.cat(grads), *weight_grads] if needs_grad else []))
         correct_M = torch.cat(corrects)
         ctx.mark_non_differentiable(correct_M)

@@ -1,0 +1,248 @@
+"""Memory and time of a run, before it: short passes are measured, and the rest follows from the sizes of its rows.
+
+    forecast(RunConfig(model="HuggingFaceTB/SmolLM2-135M", data="squad_v2"), progress)
+
+Shapes: K candidates side by side, T tokens of a packed row.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from rankrace.bank import Bank
+from rankrace.config import RunConfig
+from rankrace.data import Data
+from rankrace.data.encoded import Encoded, Task
+from rankrace.data.pack import validation_batches
+from rankrace.plan import FREE_SHARE, LEAST_TOKENS, LookPlan, candidate_bytes, padding_of
+from rankrace.progress import Progress, peak_bytes
+from rankrace.run import load
+from rankrace.select.build import make_strategy, penalty_of
+from rankrace.select.race import HEATS, MOST
+from rankrace.session import ready
+from rankrace.train.loop import Trainer
+from rankrace.train.memory import PassCost, free_bytes, held_bytes, probe
+from rankrace.train.passes import Graphs
+
+TIMED_TOKENS = 512
+"""Of the pass that is timed on a CPU; on a GPU a whole step is."""
+MEASURING = 0.5
+"""A forward alone takes so much of a forward and backward: neither has a gradient of the frozen weights."""
+REFINEMENTS = 4
+"""Ranks that a refined choice measures beside its curve, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes, by part. On a CPU the base is the whole process with the model loaded."""
+
+    base: int
+    workspace: int
+    """Of libraries, since the first pass."""
+    candidates: int
+    """Factors, gradients, moments, and the factors in the compute type."""
+    training: int
+    """Activations and logits of the largest pass."""
+    looking: int
+    """Truncated candidates, their singular vectors, and the largest pass that measures them."""
+    loading: int
+    """The peak until the model stood there."""
+    graphs: int
+    """A second copy of `training`: the memory of CUDA graphs is kept from eager passes. Reserved, not allocated."""
+    capacity: int
+    """What there is, for all of it."""
+
+    @property
+    def peak(self) -> int:
+        """As a finished run reports it."""
+        return max(self.loading, self.base + self.workspace + self.candidates + max(self.training, self.looking))
+
+    @property
+    def wanted(self) -> int:
+        return self.peak + self.graphs
+
+    @property
+    def fits(self) -> bool:
+        return self.wanted <= self.capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """By the clock of one pass, and linear in tokens."""
+
+    step: float
+    """With the candidates that begin."""
+    steps: float
+    """All of them."""
+    looks: float
+    """Measuring the base, the candidates at each look, and the end; no singular values."""
+
+    @property
+    def whole(self) -> float:
+        """But for loading and compiling."""
+        return self.steps + self.looks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    config: RunConfig
+    """Resolved."""
+    parameters: int
+    """Of the base model."""
+    ranks: tuple[int, ...]
+    """Of the candidates that begin."""
+    steps: int
+    step_tokens: float
+    """Of one step, for one candidate; the mean."""
+    largest: tuple[int, int]
+    """(K, T) of the pass that takes the most memory."""
+    looks: int
+    memory: Memory
+    seconds: Seconds | None
+    """None: it does not fit, so nothing was timed."""
+    remedy: str | None
+    """What would fit; None: this does."""
+
+
+def forecast(config: RunConfig, progress: Progress) -> Forecast:
+    """Loads data and model, runs some short passes, trains nothing, writes nothing.
+
+    Raises:
+        RankraceError: the run could not start.
+    """
+    data, hf_model, _, task = load(config, progress)
+    progress.phase("measuring short passes")
+    return forecast_of(config, data, hf_model, task)
+
+
+def forecast_of(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: Task) -> Forecast:
+    """The same for a loaded model, which is then of no use for anything else."""
+    device = hf_model.device
+    loading, base = peak_bytes(), held_bytes(device)
+    capacity = base + free_bytes(device)
+    config, trainer, plan = ready(config, data, hf_model, task)
+    bank = trainer.bank
+    starts = make_strategy(config, trainer.total, bank, plan.fractions, penalty_of(config, bank)).start()
+    ranks = tuple(one.rank for one in starts)
+    K, R = len(ranks), max(ranks)
+    bank.start(ranks, [1.0] * K)
+    trainer.start(bank.candidates, [0.0] * K)
+    cost = probe(trainer.model, data.train.examples)
+    candidates = candidate_bytes(bank, K, R)
+    # malloc gives little of a probe's memory back: on a host nothing can be read off afterwards.
+    workspace = max(0, held_bytes(device) - base - candidates) if device.type == "cuda" else 0
+    training, largest = largest_pass(trainer, cost, K)
+    memory = Memory(
+        base=base,
+        workspace=workspace,
+        candidates=candidates,
+        training=training,
+        looking=look_bytes(config, trainer, cost, R, data.validation.examples),
+        loading=loading,
+        graphs=training if config.cuda_graphs == "on" else 0,
+        capacity=capacity,
+    )
+    return Forecast(
+        config=config,
+        parameters=bank.base_parameters,
+        ranks=ranks,
+        steps=trainer.total,
+        step_tokens=step_tokens(trainer),
+        largest=largest,
+        looks=len(plan.fractions),
+        memory=memory,
+        seconds=seconds(config, data, trainer, plan, K) if memory.fits else None,
+        remedy=None if memory.fits else remedy(memory, cost, data),
+    )
+
+
+def largest_pass(trainer: Trainer[Bank], cost: PassCost, K: int) -> tuple[int, tuple[int, int]]:
+    """Bytes of the training pass that takes the most, and its (K, T)."""
+    sizes = trainer.passes.sizes if isinstance(trainer.passes, Graphs) else trainer.sizes()
+    taken = [(cost.training(size, trainer.abreast(size.tokens, K)), size.tokens) for size in sizes]
+    most, tokens = max(taken)
+    return round(most), (trainer.abreast(tokens, K), tokens)
+
+
+def look_bytes(config: RunConfig, trainer: Trainer[Bank], cost: PassCost, R: int, examples: Sequence[Encoded]) -> int:
+    """What a look takes beside the candidates that train."""
+    model, bank = trainer.model, trainer.bank
+    cuts = int(config.refine) if config.strategy == "grid" else ranks_looked_at(config)
+    # The cuts, and a copy of them in one piece of memory; the spectra are float64.
+    borrowed = candidate_bytes(bank, cuts, max(config.ranks), flats=2) if cuts else 0
+    spectra = 8 * bank.trainable_parameters(R) if cuts else 0
+    rows = validation_batches([len(e) for e in examples], trainer.recipe.micro_tokens)
+    sizes = [model.pack(examples, row).size for row in rows]
+    side_by_side = max(cuts, len(config.ranks) if config.strategy == "grid" else 1)
+    passes = [cost.looking(size, trainer.abreast(size.tokens, side_by_side)) for size in sizes]
+    return round(borrowed + spectra + max(passes))
+
+
+def ranks_looked_at(config: RunConfig) -> int:
+    """At each look, about."""
+    return len(config.ranks) + 1
+
+
+def step_tokens(trainer: Trainer[Bank]) -> float:
+    return sum(trainer.lengths) / trainer.per_epoch
+
+
+def seconds(config: RunConfig, data: Data, trainer: Trainer[Bank], plan: LookPlan, K: int) -> Seconds:
+    """From one pass, or one step, by the clock."""
+    per_token = seconds_per_token(trainer, K)
+    one = per_token * step_tokens(trainer)
+    looks = len(plan.fractions) * ranks_looked_at(config) + (REFINEMENTS if config.refine else 0)
+    half = len(data.validation) // 2
+    looked, fresh = min(plan.looked, half), min(plan.fresh, half)
+    measured = (looks + 1) * looked + 2 * fresh
+    return Seconds(
+        step=K * one,
+        steps=trainer.total * one * (1 + besides(config, plan, K)),
+        looks=MEASURING * per_token * measured * float(data.validation.lengths.mean()),
+    )
+
+
+def besides(config: RunConfig, plan: LookPlan, K: int) -> float:
+    """Steps of candidates beside the one that ends as the winner, as a share of the training."""
+    first = plan.fractions[0]
+    racing = (min(MOST, len(config.ranks)) - 1) * (HEATS[-1] - first) if config.strategy == "race" else 0.0
+    return (K - 1) * first + racing
+
+
+def seconds_per_token(trainer: Trainer[Bank], K: int) -> float:
+    """Of one candidate, forward and backward."""
+    device = trainer.bank.device
+    examples = [i for row in trainer.batch(0).micros for i in row]
+    if device.type == "cuda":
+        micros, times = trainer.batch(0).micros, 3  # a graph is captured at a size's second row
+    else:
+        # From the middle of the order by length: the step's first examples are its longest.
+        examples = examples[len(examples) // 3 :] + examples[: len(examples) // 3]
+        ends = list(accumulate(trainer.lengths[i] for i in examples))
+        micros, times = (tuple(examples[: 1 + int(np.searchsorted(ends, TIMED_TOKENS))]),), 1
+    took = 0.0
+    for _ in range(times):
+        began = time.perf_counter()
+        trainer.accumulate(micros).tolist()  # waits for the device
+        took = time.perf_counter() - began
+    return took / (K * sum(trainer.lengths[i] for row in micros for i in row))
+
+
+def remedy(memory: Memory, cost: PassCost, data: Data) -> str:
+    """What would fit."""
+    rest = memory.base + memory.workspace + memory.candidates
+    tokens = cost.tokens_in(FREE_SHARE * (memory.capacity - rest), padding_of(data))
+    longest = int(data.train.lengths.max())
+    if memory.looking + rest > memory.capacity or memory.loading > memory.capacity or rest > memory.capacity:
+        return "a smaller model, smaller --ranks, or a device with more memory"
+    if memory.graphs and memory.peak <= memory.capacity:
+        return "--cuda-graphs off"
+    if tokens >= max(longest, 1):
+        return f"--micro-tokens {tokens // LEAST_TOKENS * LEAST_TOKENS or tokens}" + (
+            " --cuda-graphs off" if memory.graphs else ""
+        )
+    return f"--max-length {tokens}" if tokens > 0 else "a smaller model, or a device with more memory"

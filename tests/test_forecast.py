@@ -1,0 +1,110 @@
+"""What is predicted of a run, against what it then takes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from commandline import assert_refused, rankrace
+from examples import examples
+from models import tiny
+from rankrace.bank import Bank
+from rankrace.data.pack import Size
+from rankrace.forecast import Memory, remedy
+from rankrace.plan import candidate_bytes
+from rankrace.train.loop import Recipe, Trainer
+from rankrace.train.memory import Meter, PassCost, Plane, probe
+from rankrace.train.model import PackedModel
+from tinyfolder import SHORT, SUMS, tiny_bert, tiny_llama, write_rows
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "llama-classification", "roberta-classification"])
+@pytest.mark.parametrize("micro_tokens", [80, 1500])
+def test_the_peak_of_a_step_is_predicted(family: str, micro_tokens: int) -> None:
+    """From three short rows; within 5%, with one candidate or several side by side, padded unevenly."""
+    classes = 3 if family.endswith("classification") else 0
+    hf = tiny(family)
+    bank = Bank(hf)
+    model = PackedModel(hf, bank, "classification" if classes else "causal", chunk=16)
+    rows = examples(32, seed=3, longest=50, classes=classes)
+    recipe = Recipe(
+        epochs=2, max_steps=None, batch_size=16, micro_tokens=micro_tokens, schedule="constant", warmup=0.0,
+        weight_decay=0.0, clip=1.0, seed=0,
+    )  # fmt: skip
+    trainer = Trainer(model, rows, recipe)
+    bank.start((4, 2, 8), [1.0] * 3)
+    trainer.start(bank.candidates, [1e-3] * 3)
+    cost = probe(model, rows)
+    assert not bank.gradients.all_KP.any()
+    sizes = trainer.sizes()
+    predicted = max(cost.training(s, trainer.abreast(s.tokens, 3)) for s in sizes) / cost.slack
+    with Meter() as meter:
+        for _ in trainer.run(trainer.total // 2):
+            pass
+    assert abs(predicted / meter.peak - 1) < 0.05
+
+
+def test_candidates_take_what_is_counted() -> None:
+    bank = Bank(tiny("llama", torch.float32))
+    before = Meter()
+    with before:
+        trainer = Trainer(
+            PackedModel(bank.model, bank, "causal"),
+            examples(4),
+            Recipe(epochs=1, max_steps=None, batch_size=4, micro_tokens=100, schedule="constant", warmup=0.0,
+                   weight_decay=0.0, clip=1.0, seed=0),
+        )  # fmt: skip
+        bank.start((2, 8), (1.0, 1.0))
+        trainer.start(bank.candidates, (1e-3, 1e-3))
+        taken = before.bytes
+    assert abs(taken / candidate_bytes(bank, 2, 8) - 1) < 0.01
+
+
+FLAT = Plane(fixed=0.0, token=10.0, cell=0.0)
+COST = PassCost(kept=FLAT, backward=FLAT, measuring=FLAT, target=1.0, chunk=100, slack=1.0)
+
+
+def test_the_largest_pass_that_fits() -> None:
+    tokens = COST.tokens_in(5100.0, 1.5)
+    assert tokens == 500
+    assert COST.training(Size(tokens=500, examples=5, longest=100, targets=500), 1) == 5100.0
+    assert COST.tokens_in(50.0, 1.5) == 0
+
+
+def test_plan_of_a_causal_run(smollm2: Path, tmp_path: Path) -> None:
+    model, data = tiny_llama(tmp_path / "model", smollm2), write_rows(tmp_path / "sums.jsonl", SUMS)
+    for strategy in ("shrink", "grid"):
+        ran = rankrace("plan", "--model", model, "--data", data, "--out", tmp_path / "out", "--device", "cpu",
+                       "--strategy", strategy, *SHORT)  # fmt: skip
+        assert ran.code == 0, ran.err
+        names = [line.split(" ")[0] for line in ran.out.splitlines() if not line.startswith(" ")]
+        assert names == ["model", "candidates", "steps", "passes", "memory", "peak", "fits", "step", "time"]
+        assert "8 of " in ran.out
+        assert ("1 of rank 8" if strategy == "shrink" else "2 of rank 2, 4") in ran.out
+    assert not (tmp_path / "out").exists(), "a plan writes nothing"
+
+
+def test_plan_of_a_classifier_and_of_nothing(minilm: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"{a} and {b}", "label": "odd" if (a + b) % 2 else "even"} for a in range(6) for b in range(6)]
+    model, data = tiny_bert(tmp_path / "model", minilm), write_rows(tmp_path / "rows.jsonl", rows)
+    ran = rankrace("plan", "--model", model, "--data", data, "--device", "cpu", *SHORT)
+    assert ran.code == 0, ran.err
+    assert "yes" in ran.out
+    assert_refused(rankrace("plan", "--model", model, "--data", tmp_path / "none.jsonl"), "none.jsonl")
+
+
+def test_what_would_fit() -> None:
+    class Lengths:
+        class train:
+            lengths = torch.tensor([100.0, 300.0]).numpy()
+
+    def memory(capacity: int, graphs: int = 0, base: int = 1000) -> Memory:
+        return Memory(base=base, workspace=0, candidates=0, training=20_000, looking=100, loading=0, graphs=graphs,
+                      capacity=capacity)  # fmt: skip
+
+    assert memory(21_000).fits
+    assert not memory(21_000, graphs=1).fits
+    assert remedy(memory(21_000, graphs=20_000), COST, Lengths) == "--cuda-graphs off"  # type: ignore[arg-type]
+    assert remedy(memory(14_000), COST, Lengths) == "--micro-tokens 1024"  # type: ignore[arg-type]
+    assert remedy(memory(3000), COST, Lengths) == "--max-length 160"  # type: ignore[arg-type]
+    assert "smaller model" in remedy(memory(900), COST, Lengths)  # type: ignore[arg-type]
