@@ -106,9 +106,9 @@ def test_help_names_every_option(command: str, monkeypatch: pytest.MonkeyPatch) 
     assert (ran.code, ran.err) == (0, "")
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)", ran.out))
     flags = {name.replace("_", "-") for name in RunConfig.model_fields} - {"rank-lr"}
-    assert named == flags | {"config", "help", "no-refine", "no-resume"}
+    assert named == flags | {"config", "help", "no-refine", "no-resume", "no-twin"}
     assert "Default: 2,4,8,16,32." in ran.out
-    assert "shrink|grid" in ran.out
+    assert "shrink|race|grid" in ran.out
 
 
 def test_help_of_merge() -> None:

@@ -309,8 +309,8 @@ def test_the_sentence_of_a_smaller_rank_within_the_error():
     assert (verdict.pick, verdict.best) == (4, 16)
     errors = {r: f"{verdict.at(r).se:.4f}" for r in (1, 4)}
     assert sentence(seen(verdict), share=0.025, examples=400) == (
-        "rank 4 is the smallest measured within one standard error of the best, rank 16: "
-        f"0.0020 ± {errors[4]} nats behind; rank 1 is 0.2000 ± {errors[1]} behind; "
+        "ranks 4 to 16 cannot be told apart on this validation set, and 4 is the smallest: "
+        f"0.0020 ± {errors[4]} nats behind the best, rank 16; rank 1 is 0.2000 ± {errors[1]} behind; "
         "measured on 400 held-out examples after 2.5% of the training: so it was."
     )
 
