@@ -183,7 +183,7 @@ def shown_type(annotation: Any) -> str:
 
 def split_list(name: str, value: Any) -> Any:
     """2,4,8 → (2, 4, 8) for the options that take several values; the same text may stand in YAML."""
-    if name == "ranks" and isinstance(value, str | int):
+    if name in ("ranks", "lr_scales") and isinstance(value, str | int | float):
         return tuple(part.strip() for part in str(value).split(",") if part.strip())
     if name == "target_modules" and isinstance(value, str) and value != "all-linear":
         return tuple(part.strip() for part in value.split(",") if part.strip())

@@ -32,8 +32,9 @@ def reason(look: Look, *, share: float, examples: int) -> str:
         )
     else:
         words = (
-            f"rank {pick.rank} is the smallest that loses little of what rank buys: {behind(pick, best)} nats behind "
-            f"the best, rank {best.rank}, of {v.bought:.4f} nats"
+            f"rank {pick.rank} is {behind(pick, best)} nats behind the best, rank {best.rank}, "
+            f"{100 * (pick.objective - best.objective) / v.bought:.2g}% of the {v.bought:.4f} that rank buys, "
+            "and no smaller one loses as little"
         )
     below = below_pick(v)
     if below is not None and v.gain > 0:
