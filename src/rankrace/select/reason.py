@@ -26,10 +26,13 @@ def reason(look: Look, *, share: float, examples: int) -> str:
         what = "loss plus penalty" if any(p.penalty for p in v.points) else "validation loss"
         words = f"rank {pick.rank} has the lowest {what} ({best.objective:.4f} nats)"
     elif pick.objective - best.objective <= pick.se:
+        alike = like_the_pick(v)
         words = (
-            f"ranks {pick.rank} to {like_the_pick(v).rank} cannot be told apart on this validation set, and "
-            f"{pick.rank} is the smallest: {behind(pick, best)} nats behind the best, rank {best.rank}"
-        )
+            f"rank {pick.rank} is the smallest within one standard error of the best, rank {best.rank}: "
+            if alike.rank == pick.rank
+            else f"ranks {pick.rank} to {alike.rank} cannot be told apart on this validation set, and {pick.rank} is "
+            f"the smallest; the best, rank {best.rank}: "
+        ) + f"{behind(pick, best)} nats behind"
     else:
         words = (
             f"rank {pick.rank} is {behind(pick, best)} nats behind the best, rank {best.rank}, "
