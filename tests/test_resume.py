@@ -272,14 +272,14 @@ def test_killed_in_every_part_of_a_race(runs: Runs, undisturbed: Callable[[str],
     expected, parts = undisturbed("race"), []
     for die_at in (24, 34, 64):
         out = tmp_path / str(die_at)
-        arguments = [*runs.arguments("race", out), "--save-every", "1", "--resume"]
-        assert runs(arguments, out, die_at).code == -signal.SIGKILL
+        arguments = [*runs.arguments("race", out), "--resume", "--save-every"]
+        assert runs([*arguments, "1"], out, die_at).code == -signal.SIGKILL
         found = load_checkpoint(out / "checkpoints")
         assert found is not None
         tensors, state = found[0], found[1]["session"]
         assert ("average" in tensors) == (state["averaged"] is not None) == (len(state["ranks"]) > 1)
         parts.append(tuple(state["ranks"]))
-        assert runs(arguments, out).code == 0
+        assert runs([*arguments, str(STEPS)], out).code == 0
         same(out, expected)
     assert parts == [(16, 16, 16, 16), (2, 4, 12), (3,)]
 
