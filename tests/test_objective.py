@@ -326,6 +326,9 @@ def test_bytes_are_charged_as_the_adapter_is_written(bank: Bank):
     charged = penalty_of(configured(penalty="bytes", penalty_weight=1e-6), bank)
     one = sum(layer.d_in + layer.d_out for layer in bank.layers.values())
     assert charged(8, 1.0) == pytest.approx(8 * one * 4 * 1e-6)
+    halved = Bank(tiny("llama", torch.bfloat16))
+    halved_charge = penalty_of(configured(penalty="bytes", penalty_weight=1e-6), halved)
+    assert halved_charge(8, 1.0) == charged(8, 1.0), "the factors are kept and written in float32"
 
 
 # --- candidates that failed, and gains that are none
