@@ -4,9 +4,9 @@ Curves on which the same is decided are in test_objective.py, test_race.py and t
 test_opening.py; the standard errors of clusters in test_statistics.py.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +212,41 @@ def test_what_a_head_learns_is_not_credited_to_rank(share: float) -> None:
 # --- few rows to learn from
 
 
-def test_what_overfits_ends_on_a_small_rank_and_says_that_it_gained_nothing(runs: Runs) -> None:
-    """Twelve rows with answers drawn by lot, learnt by heart: validation is the better the less is kept of it."""
-    rng = np.random.default_rng(0)
-    words = ["red", "blue", "nine", "salt", "moon", "tree"]
-    lots = [{"prompt": f"{i} of {i + 3} is", "completion": f" {rng.choice(words)}"} for i in range(72)]
-    options = ["--ranks", "2,4,8", "--max-steps", "60", "--epochs", "99", "--rule", "argmin", "--lr", "3e-2"]
-    _, found = runs(lots[12:], *options, train=lots[:12])
-    losses = {p.rank: p.loss for p in found.curve}
-    assert found.rank == min(losses, key=lambda r: losses[r] if losses[r] is not None else np.inf)
-    assert found.rank <= 4, json.dumps(losses)
+LOTS = [
+    {"prompt": f"{i} of {j} is", "completion": f" {word}"}
+    for (i, j), word in zip(
+        product(range(20), range(20)),
+        np.random.default_rng(0).choice(["red", "blue", "nine", "salt", "moon", "tree"], 400).tolist(),
+        strict=True,
+    )
+]
+"""Answers drawn by lot: their form can be learnt, and nothing else that would help with other rows."""
+
+
+@pytest.fixture(scope="module")
+def taught(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows the form of LOTS already, so that no rank gains by that."""
+    folder = tmp_path_factory.mktemp("taught")
+    options = ["--strategy", "grid", "--no-refine", "--ranks", 16, "--max-steps", 80, "--epochs", 99]
+    _, found = Runs(model, folder)(LOTS[:40], *options, "--batch-size", 32, train=LOTS[40:300])
+    assert found.loss.final < found.loss.base - 1
+    ran = rankrace("merge", folder / "out-0" / "adapter", "--out", folder / "merged")
+    assert ran.code == 0, ran.err
+    return folder / "merged"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("strategy", "smallest"), [("shrink", 1), ("race", 2)])
+def test_eight_rows_learnt_by_heart_give_the_smallest_rank(
+    strategy: str, smallest: int, seed: int, taught: Path, tmp_path: Path
+) -> None:
+    """Whatever is learnt of them makes the others worse."""
+    options = ["--strategy", strategy, "--ranks", "2,4,8", "--max-steps", 60, "--epochs", 99, "--seed", seed]
+    rows = LOTS[360 + 8 * seed : 368 + 8 * seed]
+    ran, found = Runs(taught, tmp_path)(LOTS[300:360], *options, train=rows)
+    learnt = found.history[0].losses[0] - found.history[-1].losses[-1]
+    assert learnt > 0.5 > 0.0 > found.loss.base - found.loss.final
+    assert found.rank == smallest
+    assert found.reason.startswith(f"no rank lowered the validation loss, so the smallest, {smallest}, was taken")
+    assert "but         No gain: the validation loss with the adapter is not below that of the base" in ran.out
+    assert not found.decision.confident
