@@ -98,8 +98,10 @@ def test_the_strategy_then_looks_as_it_would_have():
     look = begun.look(10, [], Rates(2.1, 2.0, 2.2))
     assert not look.final
     assert begun.next_look([look]) == 10, "its own first look, at the same step"
-    later = opening(at=12)
-    assert later.next_look([replace(look, step=12)]) == 12
+    assert opening(at=7).next_look([]) == 7
+    assert opening(at=7).next_look([replace(look, step=7)]) == 10
+    with pytest.raises(AssertionError):
+        opening(at=12)
 
 
 @pytest.mark.parametrize("inner", [shrink(), race()])
@@ -276,7 +278,9 @@ def test_a_rate_far_too_small_is_found_said_and_left(strategy: str, given: list[
     assert found.decision.chance is not None
     assert found.decision.chance > 0
     assert "Learning rate: the largest" in (tmp_path / "tried" / "report.html").read_text()
-    plain, alone = trained(given, tmp_path / "alone", *options, "--lr", "1.28e-2")
+    # A race that opens probes for longer; with a twin alone it does too.
+    twin = ["--twin"] if strategy == "race" else []
+    plain, alone = trained(given, tmp_path / "alone", *options, "--lr", "1.28e-2", *twin)
     assert "Learning rate:" not in plain.out
     assert (alone.rank, alone.decision.step) == (found.rank, found.decision.step)
     assert [(p.rank, p.loss) for p in alone.curve] == [(p.rank, pytest.approx(p.loss)) for p in found.curve]

@@ -270,7 +270,7 @@ def test_killed_again_and_again(
 def test_killed_in_every_part_of_a_race(runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path) -> None:
     """While the learning rates are compared, while the ranks are, and afterwards."""
     expected, parts = undisturbed("race"), []
-    for die_at in (24, 34, 64):
+    for die_at in (24, 54, 94):
         out = tmp_path / str(die_at)
         arguments = [*runs.arguments("race", out), "--resume", "--save-every"]
         assert runs([*arguments, "1"], out, die_at).code == -signal.SIGKILL
@@ -281,7 +281,10 @@ def test_killed_in_every_part_of_a_race(runs: Runs, undisturbed: Callable[[str],
         parts.append(tuple(state["ranks"]))
         assert runs([*arguments, str(STEPS)], out).code == 0
         same(out, expected)
-    assert parts == [(16, 16, 16, 16), (2, 4, 12), (3,)]
+    openers, racers, winner = parts
+    assert openers == (16, 16, 16, 16)
+    assert len(racers) > 1 == len(winner)
+    assert set(racers) <= {2, 4, 12}
 
 
 def test_a_kill_at_every_operation_of_a_save_leaves_a_whole_checkpoint(runs: Runs, tmp_path: Path) -> None:
