@@ -22,9 +22,11 @@ from curves import Curves, held_out
 from models import tiny
 from rankrace.bank import Bank
 from rankrace.bank.dropout import counter_seed
+from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.report.text import doubts
 from rankrace.result import Decision, Result
+from rankrace.select.build import make_strategy
 from rankrace.select.objective import Objective, Trial, log2_penalty
 from rankrace.select.opening import Opening
 from rankrace.select.race import Race
@@ -123,6 +125,35 @@ def test_the_rate_and_the_chance_stay_on_later_looks(inner: Strategy):
     assert {look.chance for look in looks} == {looks[0].chance}
     assert [look.rates != () for look in looks] == [True] + [False] * (len(looks) - 1)
     assert [replace(look, lr_scale=1.0, chance=None) for look in looks[1:]] == alone
+
+
+def built(total: int, **options: Any) -> Strategy:
+    config = RunConfig(model="m", data="d", ranks=(2, 4, 8), **options)
+    return make_strategy(config, total, Bank(tiny("llama")), (0.10, 0.15, 0.20, 0.25, 0.30), log2_penalty(0.0))
+
+
+def test_what_begins_with_one_candidate_is_opened_where_that_is_asked_for():
+    assert isinstance(built(100), Shrink)
+    assert isinstance(built(100, strategy="race"), Race)
+    assert isinstance(built(100, lr_scales=(1.0,)), Shrink)
+    for options in (
+        {"lr_scales": (2.0, 0.5, 2.0)},
+        {"twin": True},
+        {"strategy": "race", "lr_scales": (0.5, 1.0, 2.0)},
+    ):
+        found = built(100, **options)
+        assert isinstance(found, Opening)
+        assert found.scales == ((1.0,) if "twin" in options else SCALES), "with the given one, each once"
+        assert found.twin == ("twin" in options)
+        assert found.look_step == 15, "a tenth is too early to tell"
+        assert found.inner.next_look([]) == 15
+    for total in range(1, 30):
+        for strategy in ("shrink", "race"):
+            found = built(total, strategy=strategy, twin=True)
+            first, inner = found.next_look([]), found.inner.next_look([]) if isinstance(found, Opening) else None
+            assert first is not None
+            assert inner is not None
+            assert 1 <= first <= inner <= total
 
 
 # --- which rate
