@@ -150,7 +150,8 @@ def test_what_begins_with_one_candidate_is_opened_where_that_is_asked_for():
     for total in range(1, 30):
         for strategy in ("shrink", "race"):
             found = built(total, strategy=strategy, twin=True)
-            first, inner = found.next_look([]), found.inner.next_look([]) if isinstance(found, Opening) else None
+            assert isinstance(found, Opening)
+            first, inner = found.next_look([]), found.inner.next_look([])
             assert first is not None
             assert inner is not None
             assert 1 <= first <= inner <= total
@@ -232,7 +233,7 @@ def test_nothing_is_sure_that_chance_could_have_made():
 
 def decision(**changed: Any) -> Decision:
     plain: dict[str, Any] = {"step": 20, "fraction": 0.2, "edge": None, "capped": False, "confident": True}
-    return Decision(**plain, **changed)
+    return Decision(**{**plain, **changed})
 
 
 def test_the_edge_of_the_rates_is_said():
@@ -242,6 +243,12 @@ def test_the_edge_of_the_rates_is_said():
     (low,) = doubts(8, decision(lr_scale=0.5, lr_edge="low"))
     assert low.startswith("Learning rate: the smallest that was tried was the best, 0.5 times --lr. A smaller one")
     assert "--lr-scales" in low
+
+
+def test_what_chance_makes_is_said_where_nothing_is_sure():
+    (unsure,) = doubts(8, decision(confident=False, chance=0.0123))
+    assert "from its neighbours, or not by twice what chance makes of two equal trainings (0.0123 nats)." in unsure
+    assert "chance" not in doubts(8, decision(confident=False))[0]
 
 
 # --- the initial factors

@@ -185,7 +185,7 @@ def test_equal_ranks_give_the_smallest_and_no_confidence():
 
 @pytest.mark.parametrize(("gain", "taken"), [(0.0, False), (0.0015, False), (0.0035, True), (0.02, True)])
 def test_ranks_of_their_own_for_the_layers_must_be_clearly_better(gain: float, taken: bool):
-    """By two paired standard errors; these are .00141 … .0015 each."""
+    """By two paired standard errors, of about .00125 each."""
     measured = Uneven(gain)
     strategy = Shrink(total_steps=100, wide=WIDE, largest=LARGEST, refine=True, objective=ONE_SE, layers=True)
     look = run(strategy, [measured])[-1]
