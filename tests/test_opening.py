@@ -333,15 +333,16 @@ def test_a_rate_far_too_small_is_found_said_and_left(strategy: str, given: list[
     assert 0 < seconds < spent["seconds"]
 
 
-def test_rates_are_told_apart_after_a_single_step(given: list[object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["shrink", "race"])
+def test_rates_are_told_apart_after_a_single_step(strategy: str, given: list[object], tmp_path: Path) -> None:
     """Then all have the same training loss so far, that of the base model."""
-    _, found = trained(
-        given, tmp_path / "out", "--strategy", "race", "--max-steps", 8, "--lr-scales", "0.5,2", "--twin"
-    )
-    assert found.looks[0].step == 1
-    assert [c.status for c in found.candidates].count("winner") == 1
-    assert [c.steps for c in found.candidates if c.status == "winner"] == [7]
-    assert [c.steps for c in found.candidates if c.rank == 8] == [1] * 4
+    options = ["--strategy", strategy, "--max-steps", 8, "--lr-scales", "0.5,2", "--twin", "--dropout", 0]
+    _, found = trained(given, tmp_path / "out", *options)
+    opened = [c for c in found.candidates if c.rank == 8]
+    assert sorted(c.steps for c in opened) == [1, 1, 1, found.looks[0].step]
+    assert len({series.losses[0] for series in found.history if series.rank == 8}) == 1
+    (winner,) = (c for c in found.candidates if c.status == "winner")
+    assert winner.steps == 8 - found.looks[0].step
 
 
 def test_a_rate_that_diverges_is_passed_over_and_said(given: list[object], tmp_path: Path) -> None:
