@@ -63,11 +63,24 @@ class Curves:
     own: dict[int, float] = field(default_factory=dict)
     """rank → loss of the candidate itself."""
     noise: float = 0.0
+    mean: dict[int, float] = field(default_factory=dict)
+    """rank → loss of the candidate's average, where it is not the candidate's own."""
+    pooling: Callable[[int], float] | None = None
+    """rank → loss of the truncation with that many parameters spread over the layers, where it is another."""
     asked: list[tuple[int, int]] = field(default_factory=list)
     """Truncations measured: (candidate, rank)."""
 
     def direct(self) -> list[Trial]:
         return [trial(r, self.own[r], self.held, noise=self.noise) for r in self.ranks]
+
+    def averaged(self) -> list[Trial]:
+        means = {**self.own, **self.mean}
+        return [trial(r, means[r], self.held, noise=self.noise) for r in self.ranks]
+
+    def pooled(self, index: int, rank: int) -> tuple[Trial, dict[str, int]]:
+        loss = (self.pooling or self.truncation)(rank)
+        found = trial(rank, loss, self.held, noise=self.noise, source="truncated")
+        return found, {"q_proj": rank + 1, "v_proj": rank - 1}
 
     def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:
         assert all(r <= self.ranks[index] for r in ranks)

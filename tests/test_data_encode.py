@@ -310,9 +310,17 @@ def test_a_batch_equals_single_examples(smol: PreTrainedTokenizerBase) -> None:
 
 def test_groups_are_numbers_shared_by_one_document(smol: PreTrainedTokenizerBase) -> None:
     documents = ["x", None, "y", "x", None]
-    numbers = [e.group for e in causal(smol).encode_batch([PlainText("ab", d) for d in documents])]
+    numbers = [e.group for e in causal(smol).encode_batch([PlainText(f"ab {i}", d) for i, d in enumerate(documents)])]
     assert numbers[0] == numbers[3]
     assert len(set(numbers)) == 4
+
+
+def test_copies_of_a_row_without_a_document_share_a_number(smol: PreTrainedTokenizerBase) -> None:
+    """They are as good as one document: ten copies say no more of the spread than one."""
+    rows = [PlainText("ab"), PlainText("cd"), PlainText("AB"), PlainText("ab", "x"), PlainText("ab")]
+    numbers = [e.group for e in causal(smol).encode_batch(rows)]
+    assert numbers[0] == numbers[2] == numbers[4]
+    assert len(set(numbers)) == 3
 
 
 # --- classification

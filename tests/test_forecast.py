@@ -9,9 +9,10 @@ from commandline import assert_refused, rankrace
 from examples import examples
 from models import tiny
 from rankrace.bank import Bank
+from rankrace.config import RunConfig
 from rankrace.data.pack import Size
-from rankrace.forecast import Memory, remedy
-from rankrace.plan import candidate_bytes
+from rankrace.forecast import Memory, besides, remedy
+from rankrace.plan import LookPlan, candidate_bytes
 from rankrace.train.loop import Recipe, Trainer
 from rankrace.train.memory import Meter, PassCost, Plane, probe
 from rankrace.train.model import PackedModel
@@ -82,6 +83,28 @@ def test_plan_of_a_causal_run(smollm2: Path, tmp_path: Path) -> None:
         assert "8 of " in ran.out
         assert ("1 of rank 8" if strategy == "shrink" else "2 of rank 2, 4") in ran.out
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
+
+
+def test_plan_of_a_race_and_of_learning_rates(smollm2: Path, tmp_path: Path) -> None:
+    model, data = tiny_llama(tmp_path / "model", smollm2), write_rows(tmp_path / "sums.jsonl", SUMS)
+    for options, candidates, looks in (
+        (["--strategy", "race"], "1 of rank 8", "4 looks"),
+        (["--strategy", "race", "--lr-scales", "0.5,1,2", "--twin"], "4 of rank 8, 8, 8, 8", "4 looks"),
+        (["--lr-scales", "0.5,2"], "3 of rank 8, 8, 8", "1 looks"),
+    ):
+        ran = rankrace("plan", "--model", model, "--data", data, "--device", "cpu", *SHORT, *options)
+        assert ran.code == 0, ran.err
+        assert candidates in ran.out
+        assert looks in ran.out
+
+
+def test_the_time_of_a_race_is_more_than_that_of_its_winner() -> None:
+    """Shares of the training: three of four racers, for a tenth; three of four that open, for .15."""
+    plan = LookPlan(fractions=(0.1, 0.12, 0.15, 0.2), looked=64, fresh=64)
+    race = RunConfig(model="m", data="d", strategy="race")
+    assert besides(race, plan, 1) == pytest.approx(3 * 0.1)
+    assert besides(race, plan, 4) == pytest.approx(3 * 0.1 + 3 * 0.15)
+    assert besides(RunConfig(model="m", data="d"), plan, 1) == 0.0
 
 
 def test_plan_of_a_classifier_and_of_nothing(minilm: Path, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ STRATEGIES = {
     # Without refinement the winner goes on as it is: its optimiser state is cut out of that of all candidates.
     # One candidate diverges, and its state goes through checkpoints too.
     "grid": ["--strategy", "grid", "--search-fraction", "0.3", "--no-refine", "--config", "diverging.yaml"],
+    # Four openers, then three racers; averages go through checkpoints too.
+    "race": ["--strategy", "race", "--lr-scales", "0.5,1,2", "--twin"],
 }
 LIMIT_S = 180
 
@@ -263,6 +265,26 @@ def test_killed_again_and_again(
         killed += 1
     assert killed >= 3
     same(out, expected)
+
+
+def test_killed_in_every_part_of_a_race(runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path) -> None:
+    """While the learning rates are compared, while the ranks are, and afterwards."""
+    expected, parts = undisturbed("race"), []
+    for die_at in (24, 54, 94):
+        out = tmp_path / str(die_at)
+        arguments = [*runs.arguments("race", out), "--resume", "--save-every"]
+        assert runs([*arguments, "1"], out, die_at).code == -signal.SIGKILL
+        found = load_checkpoint(out / "checkpoints")
+        assert found is not None
+        tensors, state = found[0], found[1]["session"]
+        assert ("average" in tensors) == (state["averaged"] is not None) == (len(state["ranks"]) > 1)
+        parts.append(tuple(state["ranks"]))
+        assert runs([*arguments, str(STEPS)], out).code == 0
+        same(out, expected)
+    openers, racers, winner = parts
+    assert openers == (16, 16, 16, 16)
+    assert len(racers) > 1 == len(winner)
+    assert set(racers) <= {2, 4, 12}
 
 
 def test_a_kill_at_every_operation_of_a_save_leaves_a_whole_checkpoint(runs: Runs, tmp_path: Path) -> None:

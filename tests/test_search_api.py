@@ -5,7 +5,7 @@ The library is called as its users call it, `rankrace.search`; only tests that b
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,26 @@ def test_a_price_far_above_the_gain_chooses_the_smallest(folders: dict[Task, Pat
     assert choice.rank == choice.curve[0].rank == 1
     penalties = [point.penalty for point in choice.curve]
     assert penalties == sorted(set(penalties))
+
+
+def test_a_price_of_ones_own(folders: dict[Task, Path]) -> None:
+    """In nats, of any rank; it may forbid some."""
+    model, tokenizer = loaded(folders["causal"], "causal")
+
+    def choose(price: Callable[[int], float], **options: Any) -> rankrace.Selection:
+        return rankrace.search(model, tokenizer, SUMS, price=price, lr=1e-2, refine=False, **{**SHORT, **options})
+
+    with comes_back(model):
+        linear = choose(lambda rank: 0.5 * rank)
+    assert {p.rank: p.penalty for p in linear.curve} == {1: 0.5, 2: 1.0, 4: 2.0}
+    assert [p.objective for p in linear.curve] == pytest.approx([p.loss + 0.5 * p.rank for p in linear.curve])
+    assert linear.rank == 1
+    fourfold = choose(lambda rank: 0.0 if rank == 4 else 9.0)
+    assert (fourfold.rank, fourfold.edge) == (4, "high")
+    only = choose(lambda rank: 0.0 if rank in (2, 4) else math.inf, strategy="race")
+    assert only.rank in (2, 4)
+    with pytest.raises(rankrace.RankraceError, match="kappa has no effect beside price"):
+        choose(float, kappa=0.1)
 
 
 def test_given_validation_rows_choose(folders: dict[Task, Path]) -> None:

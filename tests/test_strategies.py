@@ -6,6 +6,7 @@ Shapes: N held-out examples.
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,6 +181,36 @@ def test_equal_ranks_give_the_smallest_and_no_confidence():
     assert look.verdict.pick == 1
     assert look.edge == "low"
     assert not is_confident(look)
+
+
+@pytest.mark.parametrize(("gain", "taken"), [(0.0, False), (0.0015, False), (0.0035, True), (0.02, True)])
+def test_ranks_of_their_own_for_the_layers_must_be_clearly_better(gain: float, taken: bool):
+    """By two paired standard errors, of about .00125 each."""
+    measured = Uneven(gain)
+    strategy = Shrink(total_steps=100, wide=WIDE, largest=LARGEST, refine=True, objective=ONE_SE, layers=True)
+    look = run(strategy, [measured])[-1]
+    assert look.verdict.pick == 8
+    allocation = {"q_proj": 9, "v_proj": 7} if taken else None
+    assert look.action == Cut(index=0, ranks=(8,), allocation=allocation)
+    said = "from 7 to 9 by layer are better by" if taken else "from 7 to 9 by layer are no better"
+    assert said in look.reason
+    assert run(shrink(), [measured])[-1].action == Cut(index=0, ranks=(8,)), "only where it was asked for"
+
+
+class Uneven(Curves):
+    """Rank 8 is enough; spread over the layers it is better by `gain`, with noise of its own."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__(
+            held=held_out(400), ranks=(WIDE,), truncation=knee(8), noise=0.001, pooling=lambda r: 2.0 - gain
+        )
+
+    def pooled(self, index: int, rank: int) -> tuple[Trial, dict[str, int]]:
+        found, allocation = super().pooled(index, rank)
+        n_N = self.held.tokens_N
+        z_N = np.random.default_rng(99).normal(size=len(n_N))
+        z_N -= (z_N * n_N).sum() / n_N.sum()
+        return replace(found, loss_N=found.loss_N + 0.025 * z_N * n_N), allocation
 
 
 # --- grid

@@ -101,6 +101,13 @@ def search(
             why="model and rows are in memory already, and nothing is written",
             fix="leave it out",
         )
+    priced = sorted(options.keys() & {"penalty", "penalty_weight", "kappa"})
+    if price is not None and priced:
+        raise RankraceError(
+            f"the option {priced[0]} has no effect beside price",
+            why="what a rank costs is said by price alone",
+            fix="give one of the two",
+        )
     config = checked({"model": model.name_or_path or "model", "data": "rows", **options})
     source = SourceRows(
         train=list(train),

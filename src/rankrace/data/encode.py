@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rankrace.data.encoded import NO_LABEL, Encoded, EncodedSet, Task
 from rankrace.data.formats import Example, LabelledText
 from rankrace.data.render import Piece, Template, render
+from rankrace.data.split import group_key
 from rankrace.errors import RankraceError
 
 
@@ -92,10 +93,8 @@ class Encoder:
         Raises:
             RankraceError: an example (named by its number, from 1) that cannot be encoded.
         """
-        groups: dict[str, int] = {}
-        numbers = [
-            len(examples) + i if e.group is None else groups.setdefault(e.group, i) for i, e in enumerate(examples)
-        ]
+        groups: dict[tuple[str, str], int] = {}
+        numbers = [groups.setdefault(group_key(e), i) for i, e in enumerate(examples)]
         if self.task == "classification":
             return self._classification(examples, numbers)
         return self._causal(examples, numbers)

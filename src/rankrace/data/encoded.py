@@ -20,7 +20,7 @@ class Encoded:
     label: int
     """Class index, -1 for causal."""
     group: int
-    """The same number for rows of one document, and for no others of the set."""
+    """The same number for rows of one document, or copies of one row without a document, and for no others."""
     row: int
     """Place in the list of examples that was encoded."""
     truncated: bool = False

@@ -39,6 +39,11 @@ def content_key(example: Example) -> str:
     return "\x1f".join(" ".join(part.split()).casefold() for part in parts)
 
 
+def group_key(example: Example) -> tuple[str, str]:
+    """Equal for rows of one document; of rows without one, for copies."""
+    return ("text", content_key(example)) if example.group is None else ("group", example.group)
+
+
 def _shuffle_key(seed: int, text: str) -> bytes:
     """A random but repeatable place in the order of all texts."""
     return blake2b(f"{seed}\x1f{text}".encode(errors="surrogatepass"), digest_size=16).digest()
@@ -88,7 +93,7 @@ def _hold_out(examples: Sequence[Example], fraction: float, maximum: int, seed: 
     keys = [content_key(example) for example in examples]
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, example in enumerate(examples):
-        groups[("text", keys[i]) if example.group is None else ("group", example.group)].append(i)
+        groups[group_key(example)].append(i)
     if len(groups) < 2:
         raise RankraceError(
             f"{len(examples)} rows in {len(groups)} group(s) cannot be split into training and validation.",

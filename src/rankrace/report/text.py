@@ -100,8 +100,11 @@ def doubts(rank: int, decision: Decision) -> list[str]:
     if not decision.confident and not found and rank == 1:
         found.append("Not confident: there is no smaller rank than 1 to hold it against.")
     elif not decision.confident and not found:  # either of the above is why
+        twins = ""
+        if decision.chance is not None:
+            twins = f", or not by twice what chance makes of two equal trainings ({decision.chance:.4f} nats)"
         found.append(
-            "Not confident: the paired errors do not separate this rank from its neighbours. "
+            f"Not confident: the paired errors do not separate this rank from its neighbours{twins}. "
             "Another seed may choose another rank."
         )
     if decision.lr_edge is not None:

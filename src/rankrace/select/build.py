@@ -70,5 +70,5 @@ def penalty_of(config: RunConfig, bank: Bank) -> Penalty:
                 config.penalty_weight, lambda r: bank.trainable_parameters(r) / bank.base_parameters
             )
         case "bytes":
-            size = bank.model.dtype.itemsize
+            size = bank.dtype.itemsize  # as the adapter is written
             return linear_penalty(config.penalty_weight, lambda r: bank.trainable_parameters(r) * size)

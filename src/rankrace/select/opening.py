@@ -70,6 +70,8 @@ class Opening:
         rated = trials[: len(self.scales)]
 
         def difference(a: Trial, b: Trial) -> tuple[float, float]:
+            if not (np.isfinite(a.loss_N).all() and np.isfinite(b.loss_N).all()):
+                return float("nan"), float("nan")
             return paired_difference(a.loss_N, b.loss_N, held.tokens_N, held.cluster_N)
 
         losses = [float(t.loss_N.sum() / held.tokens_N.sum()) for t in rated]

@@ -5,7 +5,7 @@ is learnt again before it counts. Dearer than `shrink`, which takes the cut itse
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rankrace.select.objective import Edge, Objective, Trial, Verdict
 from rankrace.select.strategy import Action, Bench, Cut, Keep, Look, Start, holder, refined
@@ -59,9 +59,11 @@ class Race:
 
     def probe(self, step: int, bench: Bench, last: bool) -> Look:
         """Which ranks race. A cut is the worst case of a rank: where it is good enough, no larger one is needed."""
-        ladder = sorted({1, *self.ranks})
-        verdict = self.objective.judge(bench.truncated(0, ladder), bench.held)
-        enough = next((r for r in self.ranks if r >= verdict.pick), self.ranks[-1])
+        trials = bench.truncated(0, sorted({1, *self.ranks}))
+        # Rank 1 tells what rank buys, whether or not it may be picked.
+        bought = self.objective.judge(trials, bench.held).bought
+        verdict = self.objective.judge([t for t in trials if t.rank in self.ranks], bench.held, bought)
+        enough = verdict.pick
         racers = tuple(r for r in self.ranks if r <= enough)[-MOST:]
         if last or len(racers) == 1:
             words = (
@@ -69,10 +71,10 @@ class Race:
             )
             return Look(
                 step=step,
-                verdict=replace(verdict, pick=enough),
+                verdict=verdict,
                 action=Cut(index=0, ranks=(enough,)),
                 final=True,
-                edge=edge_of(enough, self.ranks),
+                edge=edge_of(verdict, self.ranks),
                 reason=f"{words}; no rank was trained beside it",
             )
         return Look(step=step, verdict=verdict, action=Cut(index=0, ranks=racers))
@@ -92,7 +94,8 @@ class Race:
             for i, r in enumerate(bench.ranks)
             # One that is larger than the pick and no better would cost more and give nothing.
             if (p := verdict.at(r)).alive
-            and p.objective - best.objective <= max(WORSE * p.se, pick.objective - best.objective)
+            # Not by an error that is unknown.
+            and not p.objective - best.objective > max(WORSE * p.se, pick.objective - best.objective)
             and (r <= best.rank)
         )
         if not last and len(staying) > 1:
@@ -111,11 +114,13 @@ class Race:
             verdict=verdict,
             action=Keep(indices=(source,)) if trained else Cut(index=source, ranks=(verdict.pick,)),
             final=True,
-            edge=edge_of(verdict.pick, self.ranks),
+            edge=edge_of(verdict, self.ranks),
             reason=reason,
         )
 
 
-def edge_of(pick: int, ranks: Sequence[int]) -> Edge:
-    """Whether the pick is the smallest or largest rank that could have been picked."""
-    return "low" if pick <= ranks[0] else "high" if pick >= ranks[-1] else None
+def edge_of(verdict: Verdict, ranks: Sequence[int]) -> Edge:
+    """Whether the pick is the smallest or largest rank that could have been picked; refinement may go below all."""
+    if verdict.pick <= ranks[0]:
+        return "low" if verdict.pick == verdict.alive[0].rank else None
+    return "high" if verdict.pick >= ranks[-1] else None

@@ -63,8 +63,9 @@ def is_confident(look: Look) -> bool:
     settled = not look.capped and look.edge is None and v.pick <= CLEARLY_SMALLER * largest
     if below is None or not settled or v.clusters < LEAST_CLUSTERS:
         return False
-    error = below.se if look.chance is None else max(below.se, look.chance)
-    return below.objective - v.at(v.best).objective >= 2 * error
+    ahead = below.objective - v.at(v.best).objective
+    # A twin that diverged says nothing, so that nothing is sure.
+    return ahead >= 2 * below.se and (look.chance is None or ahead >= 2 * look.chance)
 
 
 def like_the_pick(verdict: Verdict) -> Point:

@@ -36,6 +36,8 @@ class Entry:
     began: int
     steps: int = 0
     status: Literal["running", "dropped", "diverged"] = "running"
+    seconds: float = 0.0
+    """Of its steps, up to the last look: an equal part of the time of those that ran beside it."""
     losses: list[float] = field(default_factory=list)
     """Training loss of each step, nats per supervised token."""
 
@@ -49,7 +51,7 @@ class SearchState:
     look_seconds: float = 0.0
     """Measuring, SVDs."""
     loser_seconds: float = 0.0
-    """The share of the steps' time that went to candidates which were dropped."""
+    """Of the steps' time what went to candidates which were dropped."""
 
 
 class Search:
@@ -130,10 +132,13 @@ class Search:
     def apply(self, look: Look) -> None:
         """Carries out what a look decided."""
         running = [e for e in self.state.entries if e.status == "running"]
+        unbilled = self.trainer.seconds - sum(e.seconds for e in self.state.entries)
+        for e in running:
+            e.seconds += unbilled / len(running)
         match look.action:
             case Keep(indices=indices):
-                kept = [running[i] for i in indices]
-                self.retire([e for e in running if e not in kept])
+                # By place: after one step candidates of one rank have equal records.
+                self.retire([e for i, e in enumerate(running) if i not in indices])
                 self.trainer.keep(indices)
             case Cut(index=index, ranks=ranks, allocation=allocation):
                 self.retire(running, source=running[index])
@@ -160,9 +165,7 @@ class Search:
 
     def retire(self, entries: list[Entry], source: Entry | None = None) -> None:
         """Ends candidates. Their steps were spent on the choice, unless the winner was cut from them."""
-        lost = sum(1 for e in entries if e is not source)
-        running = sum(1 for e in self.state.entries if e.status == "running")
-        self.state.loser_seconds += self.trainer.seconds * lost / running
+        self.state.loser_seconds += sum(e.seconds for e in entries if e is not source)
         for e in entries:
             e.status = "dropped" if not e.losses or math.isfinite(e.losses[-1]) else "diverged"
 
