@@ -8,17 +8,16 @@ import numpy as np
 from benchmarks.planted.rules import RULES, Curve, Rule
 from benchmarks.planted.teacher import LARGEST, WIDE
 from rankrace.bank import Bank
-from rankrace.select.grid import Grid
+from rankrace.config import RunConfig
+from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.objective import Objective, log2_penalty
-from rankrace.select.race import Race
-from rankrace.select.shrink import Shrink
+from rankrace.select.shrink import PLANS, Shrink
 from rankrace.select.strategy import Bench, Cut, Look, Start, Strategy, Train
 
 GRID = (2, 4, 8, 16)
-NO_PENALTY = log2_penalty(0.0)
-ONE_SE = Objective(penalty=NO_PENALTY, rule="one_se")
-BALANCED = Objective(penalty=NO_PENALTY, rule="one_se", share=0.04)
-ARGMIN = Objective(penalty=NO_PENALTY, rule="argmin")
+ONE_SE = Objective(penalty=log2_penalty(0.0), rule="one_se")
+DEFAULTS = RunConfig(model="planted", data="planted", ranks=GRID)
+"""What users get, but that the largest rank is LARGEST, so that the wide one is WIDE."""
 ALL_RANKS = tuple(range(1, LARGEST + 1))
 WATCHED = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 CUT_AT = 0.2
@@ -128,6 +127,12 @@ class Sweep:
         return Look(step=step, verdict=verdict, action=Train(), final=True, reason="written down at the end")
 
 
+def users(setup: Setup, **options: str) -> Strategy:
+    """What these options of the command line give, with all the looks of a long training."""
+    config = RunConfig.model_validate({**DEFAULTS.model_dump(), **options})
+    return make_strategy(config, setup.total, setup.bank, PLANS[0], penalty_of(config, setup.bank))
+
+
 def shrink(setup: Setup, objective: Objective) -> Strategy:
     return Shrink(total_steps=setup.total, wide=WIDE, largest=LARGEST, refine=True, objective=objective)
 
@@ -137,11 +142,11 @@ def read(name: str, share: float) -> Callable[[Setup], Strategy]:
 
 
 STRATEGIES: dict[str, Callable[[Setup], Strategy]] = {
-    "shrink": lambda s: shrink(s, ONE_SE),
-    "shrink-argmin": lambda s: shrink(s, ARGMIN),
-    "shrink-share-0.04": lambda s: shrink(s, BALANCED),
-    "race": lambda s: Race(total_steps=s.total, wide=WIDE, ranks=GRID, refine=True, objective=BALANCED),
-    "grid": lambda s: Grid(ranks=GRID, look_step=s.step(0.15), refine=True, objective=ONE_SE),
+    "shrink": users,
+    "shrink-one-se": lambda s: shrink(s, ONE_SE),
+    "shrink-argmin": lambda s: users(s, rule="argmin"),
+    "race": lambda s: users(s, strategy="race"),
+    "grid": lambda s: users(s, strategy="grid"),
     "watch": lambda s: Watch(steps=tuple(s.step(share) for share in WATCHED)),
     "oracle": lambda s: CutTo(at=s.step(CUT_AT), ranks=(s.planted_rank,), name="oracle"),
     "healed": lambda s: CutTo(at=s.step(CUT_AT), ranks=(1, 2, 3, 4, 6, 8, 10, 12, 16), name="healed"),
