@@ -22,6 +22,7 @@ from rankrace.plan import FREE_SHARE, LEAST_TOKENS, LookPlan, candidate_bytes, p
 from rankrace.progress import Progress, peak_bytes
 from rankrace.run import load
 from rankrace.select.build import make_strategy, penalty_of
+from rankrace.select.opening import SHARE
 from rankrace.select.race import HEATS, MOST
 from rankrace.session import ready
 from rankrace.train.loop import Trainer
@@ -208,9 +209,9 @@ def seconds(config: RunConfig, data: Data, trainer: Trainer[Bank], plan: LookPla
 
 def besides(config: RunConfig, plan: LookPlan, K: int) -> float:
     """Steps of candidates beside the one that ends as the winner, as a share of the training."""
-    first = plan.fractions[0]
-    racing = (min(MOST, len(config.ranks)) - 1) * (HEATS[-1] - first) if config.strategy == "race" else 0.0
-    return (K - 1) * first + racing
+    together = plan.fractions[0] if config.strategy == "grid" else SHARE
+    racing = (min(MOST, len(config.ranks)) - 1) * HEATS[-1] if config.strategy == "race" else 0.0
+    return (K - 1) * together + racing
 
 
 def seconds_per_token(trainer: Trainer[Bank], K: int) -> float:

@@ -163,7 +163,11 @@ class LookPlan:
         training = 2 * float(data.train.lengths.sum()) * trainer.total / trainer.per_epoch / length
         ranks = len(config.ranks) + 1
         refinement = 4 if config.refine else 0
-        plans = {"shrink": PLANS, "race": ((PROBE, *HEATS),), "grid": ((config.search_fraction,),)}[config.strategy]
+        plans = {
+            "shrink": PLANS,
+            "race": ((PROBE, *(PROBE + heat for heat in HEATS)),),
+            "grid": ((config.search_fraction,),),
+        }[config.strategy]
         affordable = [int(LOOK_SHARE * training / (len(plan) * ranks + refinement)) for plan in plans]
         chosen = next((i for i, looked in enumerate(affordable) if looked >= LOOK_ENOUGH), len(plans) - 1)
         return LookPlan(

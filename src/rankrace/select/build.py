@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
+from rankrace.select import opening, race
 from rankrace.select.grid import Grid
 from rankrace.select.objective import Objective, Penalty, linear_penalty, log2_penalty
-from rankrace.select.opening import Opening
 from rankrace.select.race import Race
 from rankrace.select.shrink import Shrink
 from rankrace.select.strategy import Strategy
@@ -29,9 +29,18 @@ def make_strategy(
     if config.strategy == "grid":
         at = max(1, round(config.search_fraction * total))
         return Grid(ranks=ranks, look_step=at, refine=config.refine, objective=objective)
+    scales = tuple(sorted({1.0, *config.lr_scales}))
+    opened = len(scales) > 1 or config.twin
+    earliest = opening.SHARE if opened else 0.0
+    strategy: Strategy
     if config.strategy == "race":
-        strategy: Strategy = Race(
-            total_steps=total, wide=wide, ranks=ranks, refine=config.refine, objective=objective
+        strategy = Race(
+            total_steps=total,
+            wide=wide,
+            ranks=ranks,
+            refine=config.refine,
+            objective=objective,
+            probe_share=max(race.PROBE, earliest),
         )
     else:
         strategy = Shrink(
@@ -40,15 +49,15 @@ def make_strategy(
             largest=ranks[-1],
             refine=config.refine,
             objective=objective,
-            fractions=tuple(fractions),
+            fractions=tuple(f for f in fractions if f >= earliest),
             layers=config.layer_ranks == "pooled",
         )
-    scales = tuple(sorted({1.0, *config.lr_scales}))
-    if len(scales) == 1 and not config.twin:
+    if not opened:
         return strategy
     first = strategy.next_look([])
     assert first is not None
-    return Opening(inner=strategy, scales=scales, twin=config.twin, look_step=first, objective=objective)
+    step = min(first, max(1, round(opening.SHARE * total)))
+    return opening.Opening(inner=strategy, scales=scales, twin=config.twin, look_step=step, objective=objective)
 
 
 def penalty_of(config: RunConfig, bank: Bank) -> Penalty:

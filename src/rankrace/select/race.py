@@ -12,8 +12,8 @@ from rankrace.select.strategy import Action, Bench, Cut, Keep, Look, Start, hold
 
 PROBE = 0.10
 """The wide candidate's part of the training."""
-HEATS = (0.12, 0.15, 0.20)
-"""When the ranks are compared; at the last one the choice is made."""
+HEATS = (0.02, 0.05, 0.10)
+"""When the ranks are compared, after the probe; at the last one the choice is made."""
 MOST = 4
 """Ranks in the race."""
 WORSE = 2.0
@@ -25,6 +25,7 @@ class Race:
     """Args:
     wide: the rank that starts.
     ranks: what may be picked, by rising rank, below `wide`; with `refine` the integers between too.
+    probe_share: the training, after which the wide candidate is cut.
     """
 
     total_steps: int
@@ -32,6 +33,7 @@ class Race:
     ranks: tuple[int, ...]
     refine: bool
     objective: Objective
+    probe_share: float = PROBE
     name: str = "race"
     averages: bool = True
 
@@ -42,7 +44,7 @@ class Race:
     def look_steps(self) -> list[int]:
         """The probe's end and the heats', at least a step apart."""
         steps: list[int] = []
-        for fraction in (PROBE, *HEATS):
+        for fraction in (self.probe_share, *(self.probe_share + heat for heat in HEATS)):
             steps.append(max(round(fraction * self.total_steps), steps[-1] + 1 if steps else 1))
         return [s for s in steps if s < self.total_steps] or [1]
 
