@@ -8,20 +8,21 @@ import numpy as np
 from benchmarks.planted.rules import RULES, Curve, Rule
 from benchmarks.planted.teacher import LARGEST, WIDE
 from rankrace.bank import Bank
-from rankrace.select.grid import Grid
-from rankrace.select.objective import Objective, log2_penalty
-from rankrace.select.race import Race
-from rankrace.select.shrink import Shrink
+from rankrace.config import RunConfig
+from rankrace.select.build import make_strategy, penalty_of
+from rankrace.select.objective import Held, Objective, Trial, log2_penalty
+from rankrace.select.shrink import PLANS, Shrink
 from rankrace.select.strategy import Bench, Cut, Look, Start, Strategy, Train
 
 GRID = (2, 4, 8, 16)
-NO_PENALTY = log2_penalty(0.0)
-ONE_SE = Objective(penalty=NO_PENALTY, rule="one_se")
-BALANCED = Objective(penalty=NO_PENALTY, rule="one_se", share=0.04)
-ARGMIN = Objective(penalty=NO_PENALTY, rule="argmin")
+ONE_SE = Objective(penalty=log2_penalty(0.0), rule="one_se")
+DEFAULTS = RunConfig(model="planted", data="planted", ranks=GRID)
+"""What users get, but that the largest rank is LARGEST, so that the wide one is WIDE."""
 ALL_RANKS = tuple(range(1, LARGEST + 1))
 WATCHED = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 CUT_AT = 0.2
+HEALED = (1, 2, 3, 4, 6, 8, 10, 12, 16)
+HEATS = (0.1, 0.12, 0.15, 0.2, 0.3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,82 @@ class Sweep:
         return Look(step=step, verdict=verdict, action=Train(), final=True, reason="written down at the end")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Heats:
+    """Chooses nothing: the wide candidate is cut to given ranks, and their averages are written down as they heal.
+
+    What a race would see in which nobody is dropped and no rank is missing.
+    """
+
+    steps: tuple[int, ...]
+    """The cut, then the looks."""
+    ranks: tuple[int, ...]
+    name: str = "heats"
+    averages: bool = True
+
+    def start(self) -> tuple[Start, ...]:
+        return (Start(rank=WIDE),)
+
+    def next_look(self, looks: Sequence[Look]) -> int | None:
+        return self.steps[len(looks)] if len(looks) < len(self.steps) else None
+
+    def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
+        trials = bench.averaged() if looks else bench.truncated(0, self.ranks)
+        action = Train() if looks else Cut(index=0, ranks=self.ranks)
+        return Look(step=step, verdict=ONE_SE.judge(trials, bench.held), action=action, reason="written down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """A bench whose averages are the candidates as they are: all that is measured is measured alike."""
+
+    inner: Bench
+
+    @property
+    def held(self) -> Held:
+        return self.inner.held
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.inner.ranks
+
+    def direct(self) -> list[Trial]:
+        return self.inner.direct()
+
+    def averaged(self) -> list[Trial]:
+        return self.inner.direct()
+
+    def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:
+        return self.inner.truncated(index, ranks)
+
+    def pooled(self, index: int, rank: int) -> tuple[Trial, dict[str, int]]:
+        return self.inner.pooled(index, rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutAverages:
+    """Any strategy, on a `Live` bench."""
+
+    inner: Strategy
+    name: str
+    averages: bool = False
+
+    def start(self) -> tuple[Start, ...]:
+        return self.inner.start()
+
+    def next_look(self, looks: Sequence[Look]) -> int | None:
+        return self.inner.next_look(looks)
+
+    def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
+        return self.inner.look(step, looks, Live(inner=bench))
+
+
+def users(setup: Setup, **options: str) -> Strategy:
+    """What these options of the command line give, with all the looks of a long training."""
+    config = RunConfig.model_validate({**DEFAULTS.model_dump(), **options})
+    return make_strategy(config, setup.total, setup.bank, PLANS[0], penalty_of(config, setup.bank))
+
+
 def shrink(setup: Setup, objective: Objective) -> Strategy:
     return Shrink(total_steps=setup.total, wide=WIDE, largest=LARGEST, refine=True, objective=objective)
 
@@ -137,14 +214,16 @@ def read(name: str, share: float) -> Callable[[Setup], Strategy]:
 
 
 STRATEGIES: dict[str, Callable[[Setup], Strategy]] = {
-    "shrink": lambda s: shrink(s, ONE_SE),
-    "shrink-argmin": lambda s: shrink(s, ARGMIN),
-    "shrink-share-0.04": lambda s: shrink(s, BALANCED),
-    "race": lambda s: Race(total_steps=s.total, wide=WIDE, ranks=GRID, refine=True, objective=BALANCED),
-    "grid": lambda s: Grid(ranks=GRID, look_step=s.step(0.15), refine=True, objective=ONE_SE),
+    "shrink": users,
+    "shrink-one-se": lambda s: shrink(s, ONE_SE),
+    "shrink-argmin": lambda s: users(s, rule="argmin"),
+    "race": lambda s: users(s, strategy="race"),
+    "race-live": lambda s: WithoutAverages(inner=users(s, strategy="race"), name="race-live"),
+    "grid": lambda s: users(s, strategy="grid"),
     "watch": lambda s: Watch(steps=tuple(s.step(share) for share in WATCHED)),
+    "heats": lambda s: Heats(steps=tuple(s.step(share) for share in HEATS), ranks=HEALED),
     "oracle": lambda s: CutTo(at=s.step(CUT_AT), ranks=(s.planted_rank,), name="oracle"),
-    "healed": lambda s: CutTo(at=s.step(CUT_AT), ranks=(1, 2, 3, 4, 6, 8, 10, 12, 16), name="healed"),
+    "healed": lambda s: CutTo(at=s.step(CUT_AT), ranks=HEALED, name="healed"),
     "sweep": lambda s: Sweep(ranks=(1, 2, 3, 4, 6, 8, 10, 12, 16, 32), total=s.total),
     **{f"{name}@{share:g}": read(name, share) for name in RULES for share in (0.2, 0.3, 0.5)},
 }

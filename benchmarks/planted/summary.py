@@ -13,9 +13,9 @@ from benchmarks.planted.rules import RULES, Curve, gap_by_layer
 from rankrace.select.statistics import paired_difference
 
 Record = dict[str, Any]
-WATCH, HEALED = "watch", "healed"
+WATCH, HEALED, HEATS = "watch", "healed", "heats"
 """Strategies that choose nothing: their records serve the other tables."""
-GIVEN = (WATCH, HEALED, "sweep", "oracle")
+GIVEN = (WATCH, HEALED, HEATS, "sweep", "oracle")
 
 
 def summary(records: Sequence[Record]) -> str:
@@ -23,6 +23,7 @@ def summary(records: Sequence[Record]) -> str:
         ("Picks of the strategies", picks(records)),
         ("Picks of the rules, at each look of one wide training", rule_picks(records)),
         ("Layers whose own rank the widest gap gives, within one", layer_picks(records)),
+        ("Cut at a tenth: what a race sees in the averages as they heal", heats(records)),
         ("Cut at a fifth and trained to the end: loss above the teacher's", healed(records)),
     ]
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)
@@ -50,8 +51,10 @@ def picks(records: Sequence[Record]) -> str:
         ends = [r["end"]["excess"][0] for r in group if r["end"]]
         span, end = f"{min(found)} … {max(found)}", f"{np.mean(ends):.4f}" if ends else ""
         near = within(found, rank, 1), within(found, rank, 2)
-        rows.append((strategy, kind, rank, steps, f"{np.median(found):g}", span, *near, end))
-    head = ("strategy", "spectrum", "r₀", "steps", "median pick", "range", "within 1", "within 2", "end, nats")
+        cost = f"{np.mean([r['candidate_steps'] / steps for r in group if not r['end']] or [np.nan]):.1%}"
+        rows.append((strategy, kind, rank, steps, f"{np.median(found):g}", span, *near, cost, end))
+    head = ("strategy", "spectrum", "r₀", "steps", "median pick", "range", "within 1", "within 2")
+    head = (*head, "candidate-steps until the choice", "end, nats")
     return table(head, rows)
 
 
@@ -103,6 +106,25 @@ def layer_picks(records: Sequence[Record]) -> str:
             cells.append(f"{100 * np.mean(hits):.0f}%")
         rows.append((kind, rank, *cells))
     return table(("spectrum", "r₀", *(f"{100 * s:g}%" for s in shares)), rows)
+
+
+def heats(records: Sequence[Record]) -> str:
+    """How far r₀ is behind the lowest, in nats and as a share of what rank buys, and the picks of the share rules."""
+    raced = [r for r in records if r["strategy"] == HEATS]
+    names = [name for name in RULES if name.startswith("share")]
+    rows = []
+    for kind, rank in sorted({(r["kind"], r["rank"]) for r in raced}):
+        here = [r["looks"] for r in raced if (r["kind"], r["rank"]) == (kind, rank)]
+        for looks in zip(*here, strict=True):
+            curves = [curve_of(look) for look in looks]
+            ranks, share = looks[0]["ranks"], looks[0]["share"]
+            behind = np.mean([c.loss_r[ranks.index(rank)] - c.loss_r.min() for c in curves])
+            bought = np.mean([c.loss_r[0] - c.loss_r.min() for c in curves])
+            picks = (", ".join(str(ranks[RULES[name](c) - 1]) for c in curves) for name in names)
+            size = f"{behind:.3f}", f"{bought:.3f}", f"{behind / bought:.1%}"
+            rows.append((kind, rank, f"{100 * share:g}%", looks[0]["source"], *size, *picks))
+    head = ("spectrum", "r₀", "look", "measured", "r₀ is behind, nats", "rank buys, nats", "share", *names)
+    return table(head, rows)
 
 
 def healed(records: Sequence[Record]) -> str:

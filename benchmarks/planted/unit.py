@@ -80,7 +80,7 @@ def prepared(planted: Planted, unit: Unit, regime: Regime) -> tuple[Search, Reco
     """Bank, trainer, strategy, search, ready to run."""
     bank = Bank(planted.base, seed=unit.seed)
     recipe = Recipe(
-        epochs=1,
+        epochs=regime.steps * regime.batch_size / len(planted.train),  # 1, unless fewer examples were sampled
         max_steps=regime.steps,
         batch_size=regime.batch_size,
         micro_tokens=MICRO_TOKENS,
