@@ -10,7 +10,7 @@ from benchmarks.planted.teacher import LARGEST, WIDE
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.select.build import make_strategy, penalty_of
-from rankrace.select.objective import Held, Objective, Trial, log2_penalty
+from rankrace.select.objective import Objective, log2_penalty
 from rankrace.select.shrink import PLANS, Shrink
 from rankrace.select.strategy import Bench, Cut, Look, Start, Strategy, Train
 
@@ -154,51 +154,6 @@ class Heats:
         return Look(step=step, verdict=ONE_SE.judge(trials, bench.held), action=action, reason="written down")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Live:
-    """A bench whose averages are the candidates as they are: all that is measured is measured alike."""
-
-    inner: Bench
-
-    @property
-    def held(self) -> Held:
-        return self.inner.held
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return self.inner.ranks
-
-    def direct(self) -> list[Trial]:
-        return self.inner.direct()
-
-    def averaged(self) -> list[Trial]:
-        return self.inner.direct()
-
-    def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:
-        return self.inner.truncated(index, ranks)
-
-    def pooled(self, index: int, rank: int) -> tuple[Trial, dict[str, int]]:
-        return self.inner.pooled(index, rank)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WithoutAverages:
-    """Any strategy, on a `Live` bench."""
-
-    inner: Strategy
-    name: str
-    averages: bool = False
-
-    def start(self) -> tuple[Start, ...]:
-        return self.inner.start()
-
-    def next_look(self, looks: Sequence[Look]) -> int | None:
-        return self.inner.next_look(looks)
-
-    def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
-        return self.inner.look(step, looks, Live(inner=bench))
-
-
 def users(setup: Setup, **options: str) -> Strategy:
     """What these options of the command line give, with all the looks of a long training."""
     config = RunConfig.model_validate({**DEFAULTS.model_dump(), **options})
@@ -218,7 +173,6 @@ STRATEGIES: dict[str, Callable[[Setup], Strategy]] = {
     "shrink-one-se": lambda s: shrink(s, ONE_SE),
     "shrink-argmin": lambda s: users(s, rule="argmin"),
     "race": lambda s: users(s, strategy="race"),
-    "race-live": lambda s: WithoutAverages(inner=users(s, strategy="race"), name="race-live"),
     "grid": lambda s: users(s, strategy="grid"),
     "watch": lambda s: Watch(steps=tuple(s.step(share) for share in WATCHED)),
     "heats": lambda s: Heats(steps=tuple(s.step(share) for share in HEATS), ranks=HEALED),

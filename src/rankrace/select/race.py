@@ -35,7 +35,7 @@ class Race:
     objective: Objective
     probe_share: float = PROBE
     name: str = "race"
-    averages: bool = True
+    averages: bool = False
 
     def start(self) -> tuple[Start, ...]:
         return (Start(rank=self.wide),)
@@ -86,17 +86,18 @@ class Race:
         def judge(trials: Sequence[Trial]) -> Verdict:
             return self.objective.judge(trials, bench.held, bought)
 
-        trials = bench.averaged()
+        # As they are: soon after a cut an average is mostly what was cut (docs/planted.md).
+        trials = bench.direct()
         verdict = judge(trials)
         pick, best = verdict.at(verdict.pick), verdict.at(verdict.best)
         staying = tuple(
             i
             for i, r in enumerate(bench.ranks)
-            # One that is larger than the pick and no better would cost more and give nothing.
+            # One that is larger than the best so far would cost more and has given nothing.
             if (p := verdict.at(r)).alive
+            and r <= best.rank
             # Not by an error that is unknown.
             and not p.objective - best.objective > max(WORSE * p.se, pick.objective - best.objective)
-            and (r <= best.rank)
         )
         if not last and len(staying) > 1:
             action: Action = Keep(indices=staying)
