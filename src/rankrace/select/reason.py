@@ -28,11 +28,12 @@ def reason(look: Look, *, share: float, examples: int) -> str:
     elif pick.objective - best.objective <= pick.se:
         alike = like_the_pick(v)
         words = (
-            f"rank {pick.rank} is the smallest within one standard error of the best, rank {best.rank}: "
+            f"rank {pick.rank} is the smallest within one standard error"
             if alike.rank == pick.rank
-            else f"ranks {pick.rank} to {alike.rank} cannot be told apart on this validation set, and {pick.rank} is "
-            f"the smallest; the best, rank {best.rank}: "
-        ) + f"{behind(pick, best)} nats behind"
+            else f"ranks {pick.rank} to {alike.rank} cannot be told apart on this validation set, and {pick.rank} is the "
+            "smallest"
+        )
+        words += f": {behind(pick, best)} nats behind the best, rank {best.rank}"
     else:
         words = (
             f"rank {pick.rank} is {behind(pick, best)} nats behind the best, rank {best.rank}, "
