@@ -27,12 +27,10 @@ def reason(look: Look, *, share: float, examples: int) -> str:
         words = f"rank {pick.rank} has the lowest {what} ({best.objective:.4f} nats)"
     elif pick.objective - best.objective <= pick.se:
         alike = like_the_pick(v)
-        words = (
-            f"rank {pick.rank} is the smallest within one standard error"
-            if alike.rank == pick.rank
-            else f"ranks {pick.rank} to {alike.rank} cannot be told apart on this validation set, and {pick.rank} is the "
-            "smallest"
-        )
+        words = f"rank {pick.rank} is the smallest within one standard error"
+        if alike.rank != pick.rank:
+            words = f"ranks {pick.rank} to {alike.rank} cannot be told apart on this validation set, and {pick.rank} "
+            words += "is the smallest"
         words += f": {behind(pick, best)} nats behind the best, rank {best.rank}"
     else:
         words = (
