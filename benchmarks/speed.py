@@ -61,7 +61,7 @@ from rankrace.config import RunConfig
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import epoch_batches
 from rankrace.methods.peft_lora import padded
-from rankrace.plan import LookPlan, resolved
+from rankrace.plan import REFINEMENTS, LookPlan, resolved
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.learning_rate import multiplier
 from rankrace.select.shrink import STABLE_LOOKS, Shrink
@@ -183,7 +183,7 @@ class Ours:
         found["final"]["useful_tflops"] = useful
         if "grid" not in given.skip:
             found["grid"] = self.phase(trainer, RANKS)
-        found["run"] = self.run(found, plan.fractions, looked, fresh, 4 if config.refine else 0)
+        found["run"] = self.run(found, plan.fractions, looked, fresh, REFINEMENTS if config.refine else 0)
         return found
 
     def compile(self, wanted: bool) -> None:

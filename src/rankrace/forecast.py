@@ -18,7 +18,15 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.data.pack import validation_batches
-from rankrace.plan import FREE_SHARE, LEAST_TOKENS, LookPlan, candidate_bytes, padding_of
+from rankrace.plan import (
+    FREE_SHARE,
+    LEAST_TOKENS,
+    LookPlan,
+    candidate_bytes,
+    padding_of,
+    ranks_looked_at,
+    ranks_measured,
+)
 from rankrace.progress import Progress, peak_bytes
 from rankrace.run import load
 from rankrace.select.build import make_strategy, penalty_of
@@ -33,8 +41,6 @@ TIMED_TOKENS = 512
 """Of the pass that is timed on a CPU; on a GPU a whole step is."""
 MEASURING = 0.5
 """A forward alone takes so much of a forward and backward: neither has a gradient of the frozen weights."""
-REFINEMENTS = 4
-"""Ranks that a refined choice measures beside its curve, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +189,6 @@ def look_bytes(config: RunConfig, trainer: Trainer[Bank], cost: PassCost, R: int
     return round(borrowed + spectra + max(passes))
 
 
-def ranks_looked_at(config: RunConfig) -> int:
-    """At each look, about."""
-    return len(config.ranks) + 1
-
-
 def step_tokens(trainer: Trainer[Bank]) -> float:
     return sum(trainer.lengths) / trainer.per_epoch
 
@@ -196,7 +197,7 @@ def seconds(config: RunConfig, data: Data, trainer: Trainer[Bank], plan: LookPla
     """From one pass, or one step, by the clock."""
     per_token = seconds_per_token(trainer, K)
     one = per_token * step_tokens(trainer)
-    looks = len(plan.fractions) * ranks_looked_at(config) + (REFINEMENTS if config.refine else 0)
+    looks = ranks_measured(config, len(plan.fractions))
     half = len(data.validation) // 2
     looked, fresh = min(plan.looked, half), min(plan.fresh, half)
     measured = (looks + 1) * looked + 2 * fresh

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
+from rankrace.select.learning_rate import rates_tried
 
 
 def checked(values: dict[str, Any]) -> RunConfig:
@@ -47,7 +48,7 @@ def checked(values: dict[str, Any]) -> RunConfig:
 
 def refuse_idle(config: RunConfig) -> None:
     """Raises RankraceError for an option that others leave without effect."""
-    opening = len({1.0, *config.lr_scales}) > 1 or config.twin
+    opening = len(rates_tried(config.lr_scales)) > 1 or config.twin
     idle = [
         ("lr_scales or twin", opening and config.strategy == "grid", "strategy shrink or race"),
         ("layer_ranks", config.layer_ranks != "uniform" and config.strategy != "shrink", "strategy shrink"),

@@ -10,7 +10,8 @@ from rankrace.bank.attach import padded
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
-from rankrace.select.learning_rate import default_lr
+from rankrace.select.build import widest
+from rankrace.select.learning_rate import default_lr, rates_tried
 from rankrace.select.race import HEATS, PROBE
 from rankrace.select.shrink import PLANS
 from rankrace.train.loop import Trainer
@@ -31,6 +32,8 @@ LEAST_TOKENS, MOST_TOKENS = 512, 32768
 """Of a pass on a GPU; longer ones are not faster."""
 FREE_SHARE = 0.85
 """Of the free memory is planned with: the rest is for gaps between blocks, and for what a probe does not see."""
+REFINEMENTS = 4
+"""Ranks that a refined choice measures beside its curve, about."""
 COMPILE_WORTH = 120.0
 """Seconds of work from which 20 seconds of compiling are repaid."""
 
@@ -107,12 +110,7 @@ def starting(config: RunConfig, bank: Bank) -> tuple[int, int]:
     largest = max(config.ranks)
     if config.strategy == "grid":
         return len(set(config.ranks)), largest
-    return len({1.0, *config.lr_scales}) + config.twin, widest(largest, bank)
-
-
-def widest(largest: int, bank: Bank) -> int:
-    """The rank from which others are cut: twice the largest that may be picked, where there is such a rank."""
-    return min(2 * largest, bank.largest_rank)
+    return len(rates_tried(config.lr_scales)) + config.twin, widest(largest, bank)
 
 
 def candidate_bytes(bank: Bank, K: int, R: int, flats: int = 4) -> int:
@@ -125,6 +123,16 @@ def candidate_bytes(bank: Bank, K: int, R: int, flats: int = 4) -> int:
     return K * bank.trainable_parameters(padded(R)) * per_value
 
 
+def ranks_looked_at(config: RunConfig) -> int:
+    """At each look, about."""
+    return len(config.ranks) + 1
+
+
+def ranks_measured(config: RunConfig, looks: int) -> int:
+    """At all looks together, the refinement of the choice included, about."""
+    return looks * ranks_looked_at(config) + (REFINEMENTS if config.refine else 0)
+
+
 def padding_of(data: Data) -> float:
     """Cells for each token, where rows are padded to their longest example: at most so many."""
     return float(data.train.lengths.max() / data.train.lengths.mean())
@@ -133,7 +141,7 @@ def padding_of(data: Data) -> float:
 def default_micro_tokens(model: PreTrainedModel) -> int:
     """Tokens whose activations fit: 4096 on a CPU; on a GPU what 60% of the free memory holds."""
     if model.device.type != "cuda":
-        return 4096
+        return HOST_TOKENS
     free, _ = torch.cuda.mem_get_info(model.device)
     shape = model.config.get_text_config()
     inner = shape.to_dict().get("intermediate_size", 4 * shape.hidden_size)
@@ -161,14 +169,12 @@ class LookPlan:
         """
         length = float(data.validation.lengths.mean())
         training = 2 * float(data.train.lengths.sum()) * trainer.total / trainer.per_epoch / length
-        ranks = len(config.ranks) + 1
-        refinement = 4 if config.refine else 0
         plans = {
             "shrink": PLANS,
             "race": ((PROBE, *(PROBE + heat for heat in HEATS)),),
             "grid": ((config.search_fraction,),),
         }[config.strategy]
-        affordable = [int(LOOK_SHARE * training / (len(plan) * ranks + refinement)) for plan in plans]
+        affordable = [int(LOOK_SHARE * training / ranks_measured(config, len(plan))) for plan in plans]
         chosen = next((i for i, looked in enumerate(affordable) if looked >= LOOK_ENOUGH), len(plans) - 1)
         return LookPlan(
             fractions=plans[chosen],

@@ -1,10 +1,26 @@
-"""How large the tensors are that layers read."""
+"""What layers read: who sees the tensors that come in, and how large they are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def reading(layers: Mapping[str, nn.Module], read: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Meanwhile `read` is called with a layer's name and input before the layer runs."""
+
+    def reader(name: str) -> Callable[..., None]:
+        return lambda module, args: read(name, args[0])
+
+    hooks = [layer.register_forward_pre_hook(reader(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def input_sizes(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, float]:
@@ -17,20 +33,12 @@ def input_sizes(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict
     total: dict[str, Tensor | float] = dict.fromkeys(layers, 0.0)
     count = dict.fromkeys(layers, 0)
 
-    def reader(name: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            (x,) = args
-            # Squares of bfloat16 are summed in full precision, without a copy of x in it.
-            norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-            total[name] += norm.double() ** 2
-            count[name] += x.numel()
+    def read(name: str, x: Tensor) -> None:
+        # Squares of bfloat16 are summed in full precision, without a copy of x in it.
+        norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        total[name] += norm.double() ** 2
+        count[name] += x.numel()
 
-        return read
-
-    hooks = [layer.register_forward_pre_hook(reader(name)) for name, layer in layers.items()]
-    try:
+    with reading(layers, read):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: float(total[name]) / max(1, count[name]) for name in layers}

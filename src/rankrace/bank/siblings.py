@@ -5,20 +5,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rankrace.bank.inputs import reading
+
 
 def find_siblings(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[tuple[str, ...]]:
     """The layers, in their order, with neighbours joined that `run` calls with the very same tensors."""
     read: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def reader(name: str) -> Callable[..., None]:
-        return lambda module, args: read[name].append(args[0])
-
-    hooks = [layer.register_forward_pre_hook(reader(name)) for name, layer in layers.items()]
-    try:
+    with reading(layers, lambda name, x: read[name].append(x)):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     found: list[tuple[str, ...]] = []
     for name in layers:
         if found and same(read[found[-1][0]], read[name]):

@@ -6,6 +6,7 @@ from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.select import opening, race
 from rankrace.select.grid import Grid
+from rankrace.select.learning_rate import rates_tried
 from rankrace.select.objective import Objective, Penalty, linear_penalty, log2_penalty
 from rankrace.select.race import Race
 from rankrace.select.shrink import Shrink
@@ -25,11 +26,11 @@ def make_strategy(
     """
     objective = Objective(penalty=penalty, rule=config.rule, share=SHARES[config.prefer])
     ranks = tuple(sorted(set(config.ranks)))
-    wide = min(2 * ranks[-1], bank.largest_rank)
+    wide = widest(ranks[-1], bank)
     if config.strategy == "grid":
         at = max(1, round(config.search_fraction * total))
         return Grid(ranks=ranks, look_step=at, refine=config.refine, objective=objective)
-    scales = tuple(sorted({1.0, *config.lr_scales}))
+    scales = rates_tried(config.lr_scales)
     opened = len(scales) > 1 or config.twin
     earliest = opening.SHARE if opened else 0.0
     strategy: Strategy
@@ -58,6 +59,11 @@ def make_strategy(
     assert first is not None
     step = min(first, max(1, round(opening.SHARE * total)))
     return opening.Opening(inner=strategy, scales=scales, twin=config.twin, look_step=step, objective=objective)
+
+
+def widest(largest: int, bank: Bank) -> int:
+    """The rank from which others are cut: twice the largest that may be picked, where there is such a rank."""
+    return min(2 * largest, bank.largest_rank)
 
 
 def penalty_of(config: RunConfig, bank: Bank) -> Penalty:

@@ -1,6 +1,6 @@
 """A learning rate for each rank."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Scaling = Literal["lora", "rslora"]
@@ -28,3 +28,8 @@ def lr_for(rank: int, lr: float, alpha: float, scaling: Scaling, override: Mappi
     size = multiplier(rank, alpha, scaling) * rank
     reference = multiplier(REFERENCE_RANK, alpha, scaling) * REFERENCE_RANK
     return lr * (size / reference) ** -0.5
+
+
+def rates_tried(lr_scales: Sequence[float]) -> tuple[float, ...]:
+    """The multiples that are compared first, by size; the rate as given, 1, is always among them."""
+    return tuple(sorted({1.0, *lr_scales}))
