@@ -18,22 +18,17 @@ A unit is one JSON file; units that are there already are skipped. Each fresh ex
 Shapes: K arms.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.utils import logging
+from torch import Tensor
 
-from benchmarks.early_looks import ALPHA, Study, described, ended
+from benchmarks.early_looks import ALPHA, Study, arguments, described, ended, run_units
 from rankrace.bank import Candidates, Spectrum, carried
-from rankrace.config import RunConfig
 
 WIDE = 64
 CUT = 0.15
@@ -50,7 +45,8 @@ class Arm:
 
 
 def arms(study: Study, whole: Mapping[str, Spectrum]) -> list[Arm]:
-    weights = input_sizes(study)
+    model = study.trainer.model
+    weights = study.bank.input_sizes(lambda: model.losses(model.pack(study.trainer.train, range(16))))
     plain = dict.fromkeys(weights, 1.0)
     return [
         Arm(name="balanced", rank=WIDE),
@@ -60,25 +56,6 @@ def arms(study: Study, whole: Mapping[str, Spectrum]) -> list[Arm]:
         *(Arm(name=f"pooled-{r}", rank=r, allocation=pooled(study, whole, plain, r)) for r in (4, 16)),
         Arm(name="weighted-4", rank=4, allocation=pooled(study, whole, weights, 4)),
     ]
-
-
-def input_sizes(study: Study) -> dict[str, float]:
-    """E‖x‖²/D of each adapted layer's input, on some training examples, base model."""
-    sizes: dict[str, float] = {}
-
-    def reader(name: str) -> Any:
-        def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sizes[name] = args[0].float().square().mean().item()
-
-        return read
-
-    model, bank = study.trainer.model, study.bank
-    hooks = [layer.register_forward_pre_hook(reader(name)) for name, layer in bank.layers.items()]
-    with torch.no_grad(), bank.off():
-        model.losses(model.pack(study.trainer.train, range(16)))
-    for hook in hooks:
-        hook.remove()
-    return sizes
 
 
 def pooled(study: Study, whole: Mapping[str, Spectrum], weights: Mapping[str, float], rank: int) -> dict[str, int]:
@@ -97,14 +74,8 @@ def pooled(study: Study, whole: Mapping[str, Spectrum], weights: Mapping[str, fl
 def cut(study: Study, wide: Candidates, whole: Mapping[str, Spectrum], arm: Arm) -> tuple[Candidates, Any, Any]:
     """The arm's candidate and its moments, padded to the wide rank."""
     optimizer = study.trainer.optimizer
-    kept = arm.rank if arm.allocation is None else max(arm.allocation.values())
-    c = wide.truncations(0, [kept], [ALPHA / arm.rank], whole)
+    c = wide.truncations(0, [arm.rank], [ALPHA / arm.rank], whole, [arm.allocation])
     mean, square = carried(wide, 0, whole, c, optimizer.mean.views, optimizer.square.views)
-    if arm.allocation is not None:
-        for name, r in arm.allocation.items():
-            for tensors in (c.tensors(), mean, square):
-                tensors[f"{name}.A"][:, r:] = 0
-                tensors[f"{name}.B"][:, :, r:] = 0
     return c, mean, square
 
 
@@ -173,56 +144,8 @@ def run(study: Study) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True, type=Path, help="the folder with all tasks' files")
-    parser.add_argument("--tasks", required=True)
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--lrs", default="1", help="multiples of the default learning rate")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--train-max", type=int, default=6400)
-    parser.add_argument("--micro-tokens", type=int, default=20480)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--stop-after", type=float, default=1e9, help="seconds after which no new unit starts")
-    parser.add_argument("--out", type=Path, default=Path("results/selection/after_cut"))
-    given = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    given.out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    units = [
-        (s, lr, n) for s in given.seeds.split(",") for lr in given.lrs.split(",") for n in given.tasks.split(",")
-    ]
-    for seed, lr, name in units:
-        file = given.out / f"{name}-seed{seed}-lr{float(lr):g}.json"
-        if file.exists():
-            continue
-        if time.perf_counter() - began > given.stop_after:
-            return
-        config = RunConfig(
-            model=given.model,
-            data=name,
-            seed=int(seed),
-            max_steps=given.steps,
-            epochs=100,
-            train_max=given.train_max,
-            validation_max=768,
-            micro_tokens=given.micro_tokens,
-            device=given.device,
-        )
-        study = Study(name, given.data, config, float(lr), not given.no_compile)
-        done = run(study)
-        done["command"] = (
-            f"python -m benchmarks.after_cut --tasks {name} --seeds {seed} --lrs {lr} --steps {given.steps} "
-            f"--train-max {given.train_max}"
-        )
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(done) + "\n")
-        partial.rename(file)
-        curve = ", ".join(f"{a} {x:.4f}" for a, x in zip(done["arms"], done["fresh"]["loss"], strict=True))
-        print(f"{file.name}: {done['seconds']:.0f} s, {curve}", flush=True)
-        del study
+    given = arguments(__doc__, "results/selection/after_cut").parse_args()
+    run_units(given, "benchmarks.after_cut", lambda lr: f"lr{lr:g}", lambda lr: f"--lrs {lr}", run)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ Shapes: K candidates, N held-out examples.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -266,14 +266,14 @@ class Study:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
+    """What every study of this kind is told."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, type=Path, help="the folder with all tasks' files")
     parser.add_argument("--tasks", required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--lrs", default="1", help="multiples of the default learning rate")
-    parser.add_argument("--rates", action="store_true")
     parser.add_argument("--warmup", type=float, default=0.03)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--train-max", type=int, default=6400)
@@ -281,8 +281,23 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--stop-after", type=float, default=1e9, help="seconds after which no new unit starts")
-    parser.add_argument("--out", type=Path, default=Path("results/selection"))
-    given = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def run_units(
+    given: argparse.Namespace,
+    module: str,
+    kind: Callable[[float], str],
+    mode: Callable[[str], str],
+    run: Callable[[Study], dict[str, Any]],
+) -> None:
+    """Every unit that is not there yet, into a file of its own.
+
+    Args:
+        kind: learning rate's multiple → the end of the file's name.
+        mode: the multiple as it was given → the options that make the command this unit's.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -291,8 +306,7 @@ def main() -> None:
         (s, lr, n) for s in given.seeds.split(",") for lr in given.lrs.split(",") for n in given.tasks.split(",")
     ]
     for seed, lr, name in units:
-        kind = f"rates-warmup{given.warmup:g}" if given.rates else f"lr{float(lr):g}"
-        file = given.out / f"{name}-seed{seed}-{kind}.json"
+        file = given.out / f"{name}-seed{seed}-{kind(float(lr))}.json"
         if file.exists():
             continue
         if time.perf_counter() - began > given.stop_after:
@@ -310,18 +324,30 @@ def main() -> None:
             device=given.device,
         )
         study = Study(name, given.data, config, float(lr), not given.no_compile)
-        done = study.run(rates=given.rates)
-        mode = f"--rates --warmup {given.warmup:g}" if given.rates else f"--lrs {lr}"
+        done = run(study)
         done["command"] = (
-            f"python -m benchmarks.early_looks --tasks {name} --seeds {seed} {mode} --steps {given.steps} "
+            f"python -m {module} --tasks {name} --seeds {seed} {mode(lr)} --steps {given.steps} "
             f"--train-max {given.train_max}"
         )
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(done) + "\n")
         partial.rename(file)
         curve = ", ".join(f"{x:.4f}" for x in done["fresh"]["loss"])
-        print(f"{file.name}: {done['seconds']:.0f} s (training {done['training_s']:.0f}), {curve}", flush=True)
+        print(f"{file.name}: {done['seconds']:.0f} s, {curve}", flush=True)
         del study
+
+
+def main() -> None:
+    parser = arguments(__doc__, "results/selection")
+    parser.add_argument("--rates", action="store_true")
+    given = parser.parse_args()
+    run_units(
+        given,
+        "benchmarks.early_looks",
+        lambda lr: f"rates-warmup{given.warmup:g}" if given.rates else f"lr{lr:g}",
+        lambda lr: f"--rates --warmup {given.warmup:g}" if given.rates else f"--lrs {lr}",
+        lambda study: study.run(rates=given.rates),
+    )
 
 
 if __name__ == "__main__":
