@@ -1,6 +1,6 @@
 """Bases in 4 and in 8 bits: the same products as plain layers with the weights that they stand for.
 
-NF4 needs bitsandbytes, whose kernels work on a CPU too; torch has the 8-bit products for CPUs as well, so that both run
+NF4 needs bitsandbytes, whose kernels work on a CPU too; torch has 8-bit products for CPUs as well. So both run
 here as they are. What only a GPU can show is in test_gpu.py.
 
 Shapes: K candidates, T tokens, R rank, D widths.
@@ -39,7 +39,11 @@ from rankrace.train.passes import Eager
 from tinyfolder import PARITIES, SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 
 CPU = torch.device("cpu")
+TIMES = 4
+"""Width of the models: 64 divides all of them, as NF4 on a CPU wants it."""
 RANKS = (4, 2, 7)
+CLOSE = {"nf4": 1e-5, "fp8": 0.02}
+"""How far off, relatively, sums in another order may lead: some numbers get their other neighbour in e4m3."""
 
 
 @pytest.fixture(params=["nf4", "fp8"])
@@ -75,7 +79,7 @@ def back(hat_TD: Tensor, scale_T1: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_in_e4m3(dtype: torch.dtype) -> None:
-    """Within half a unit of 3 bits of mantissa; the largest of a row exactly; zeros stay, and NaN stays in its row."""
+    """Within half a unit of 3 bits of mantissa; a row's largest exactly; zeros stay, and NaN stays in its row."""
     x_TD = (torch.randn(7, 48) * torch.logspace(-9, 9, 7)[:, None]).to(dtype)
     x_TD[1] = 0
     hat_TD, scale_T1 = rounded(x_TD)
@@ -123,7 +127,7 @@ def off(ours: Tensor, expected: Tensor) -> float:
 
 
 def base(family: str, kind: Quantize, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    model = tiny(family, dtype)
+    model = tiny(family, dtype, TIMES)
     quantize(model, kind, CPU)
     return model
 
@@ -150,13 +154,13 @@ def prepared(
     for layer in bank.layers.values():
         for k, r in enumerate(ranks):
             torch.manual_seed(layer.index)
-            layer.B_KDR.data[k, :, :r].normal_(std=0.1)
+            layer.B_KDR.data[k, :, :r].normal_(std=0.02)
     rows = examples(12, seed=2, classes=classes)
 
-    def run(active: slice = slice(0, len(ranks))) -> list[Tensor]:
+    def run(active: slice | None = None) -> list[Tensor]:
         gradients = bank.loaded.gradients.all_KP.zero_()
         with bank.training(2, 1):
-            loss_K = Eager(model).run(model.pack(rows, range(6)), active, torch.tensor(0.1))
+            loss_K = Eager(model).run(model.pack(rows, range(6)), active or slice(0, len(ranks)), torch.tensor(0.1))
         return [loss_K, gradients.clone()]
 
     return model, run
@@ -187,7 +191,7 @@ def kept(model: PackedModel) -> int:
 
 
 def test_8_bits_keep_nothing_for_the_way_back() -> None:
-    assert kept(prepared(base("llama", "fp8"))[0]) == kept(prepared(tiny("llama", torch.float32))[0])
+    assert kept(prepared(base("llama", "fp8"))[0]) == kept(prepared(tiny("llama", torch.float32, TIMES))[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "bert-classification"])
@@ -195,9 +199,9 @@ def test_8_bits_keep_nothing_for_the_way_back() -> None:
 def test_fewer_bits_are_close_to_all_of_them(kind: Quantize, family: str, dtype: torch.dtype) -> None:
     """Random weights of two layers: losses within 0.05 nats; gradients as far off as 4 and 8 bits are."""
     losses, gradients = prepared(base(family, kind, dtype))[1]()
-    expected, exact = prepared(tiny(family, dtype))[1]()
+    expected, exact = prepared(tiny(family, dtype, TIMES))[1]()
     assert 0 < (losses / expected - 1).abs().max() < 0.05
-    assert 0.001 < off(gradients, exact) < {"nf4": 0.45, "fp8": 0.15}[kind]
+    assert 0.001 < off(gradients, exact) < {"nf4": 0.25, "fp8": 0.1}[kind]
 
 
 def test_each_candidate_is_as_if_alone(kind: Quantize) -> None:
@@ -206,8 +210,8 @@ def test_each_candidate_is_as_if_alone(kind: Quantize) -> None:
     losses, gradients = run()
     for k in range(len(RANKS)):
         alone, gradient = run(slice(k, k + 1))
-        torch.testing.assert_close(alone[0], losses[k], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(gradient[k], gradients[k], rtol=1e-4, atol=1e-5)
+        assert off(alone[0], losses[k]) < CLOSE[kind]
+        assert off(gradient[k], gradients[k]) < CLOSE[kind]
     for layer in model.bank.layers.values():
         layer.B_KDR.data[1] = float("nan")
     spoilt, gradient = run()
@@ -222,7 +226,7 @@ def test_siblings_are_single_layers(kind: Quantize) -> None:
     together = run()
     model.bank.find_siblings(lambda: None)
     for ours, expected in zip(run(), together, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        assert off(ours, expected) < CLOSE[kind]
 
 
 def test_layers_without_an_adapter_pass_gradients_on(kind: Quantize) -> None:
@@ -237,6 +241,7 @@ def test_layers_without_an_adapter_pass_gradients_on(kind: Quantize) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # torch's, tracing
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_compiled_blocks(kind: Quantize) -> None:
     for targets in ("all-linear", ("q_proj", "down_proj")):
@@ -245,8 +250,7 @@ def test_compiled_blocks(kind: Quantize) -> None:
         expected = run()
         compile_blocks(model.bank, "aot_eager")
         for ours, wanted in zip(run(), expected, strict=True):
-            # Sums in another order move some roundings to 8 bits.
-            assert off(ours, wanted) < {"nf4": 1e-4, "fp8": 0.02}[kind]
+            assert off(ours, wanted) < CLOSE[kind]
 
 
 def test_a_training_follows_that_of_16_bits(kind: Quantize) -> None:
@@ -256,7 +260,7 @@ def test_a_training_follows_that_of_16_bits(kind: Quantize) -> None:
         clip=1.0, seed=0,
     )  # fmt: skip
     curves = []
-    for hf in (base("llama", kind, torch.bfloat16), tiny("llama", torch.bfloat16)):
+    for hf in (base("llama", kind, torch.bfloat16), tiny("llama", torch.bfloat16, TIMES)):
         model, _ = prepared(hf, (4, 8))
         trainer = Trainer(model, examples(16), recipe)
         trainer.start(model.bank.candidates, [3e-3, 3e-3])
@@ -288,7 +292,7 @@ def test_one_layer_after_another(kind: Quantize, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("family", ["llama", "bert-classification"])
 def test_parameters_are_counted_whole(kind: Quantize, family: str) -> None:
-    expected = sum(p.numel() for p in tiny(family).parameters())
+    expected = sum(p.numel() for p in tiny(family, times=TIMES).parameters())
     for targets in ("all-linear", ("q_proj", "query")[family != "llama"]):
         bank = Bank(base(family, kind), target_modules=targets)
         assert bank.base_parameters == expected
@@ -299,6 +303,7 @@ def test_parameters_are_counted_whole(kind: Quantize, family: str) -> None:
 def test_bits_are_fewer(bitsandbytes: Any) -> None:
     layer = nn.Linear(512, 256)
     packed = nf4.quantized(layer, CPU)
+    assert off(nf4.whole(packed), layer.weight) < 0.1
     state = packed.weight.quant_state
     bits = 8 * (packed.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes) / layer.weight.numel()
     assert 4.12 < bits < 4.14
@@ -307,9 +312,9 @@ def test_bits_are_fewer(bitsandbytes: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["shrink", "grid"])
-def test_a_run(kind: Quantize, strategy: str, minilm: Path, tmp_path: Path) -> None:
+def test_a_run(kind: Quantize, strategy: str, smollm2: Path, tmp_path: Path) -> None:
     """From the command line to an adapter for the original base, its record, and a merged 16-bit model."""
-    model, data = tiny_llama(tmp_path / "model", minilm), write_rows(tmp_path / "rows.jsonl", SUMS)
+    model, data = tiny_llama(tmp_path / "model", smollm2, times=2), write_rows(tmp_path / "rows.jsonl", SUMS)
     common = ("--model", model, "--data", data, "--device", "cpu", *SHORT, "--strategy", strategy)
     ran = rankrace("train", *common, "--out", tmp_path / "run", "--quantize", kind)
     assert ran.code == 0, ran.err
@@ -323,7 +328,9 @@ def test_a_run(kind: Quantize, strategy: str, minilm: Path, tmp_path: Path) -> N
     assert result["base_parameters"] == other["base_parameters"]
     assert 0 < abs(result["loss"]["base"] - other["loss"]["base"]) < 0.1 * other["loss"]["base"]
     assert result["loss"]["final"] < result["loss"]["base"]
-    described = [json.loads((tmp_path / run / "adapter" / "adapter_config.json").read_text()) for run in ("run", "plain")]
+    described = [
+        json.loads((tmp_path / run / "adapter" / "adapter_config.json").read_text()) for run in ("run", "plain")
+    ]
     assert described[0]["base_model_name_or_path"] == described[1]["base_model_name_or_path"] == str(model)
     assert sorted(described[0]["target_modules"]) == sorted(described[1]["target_modules"])
     assert f"quantize: {kind}" in (tmp_path / "run" / "config.yaml").read_text()
@@ -335,25 +342,25 @@ def test_a_run(kind: Quantize, strategy: str, minilm: Path, tmp_path: Path) -> N
 
 
 def test_a_classifier(kind: Quantize, minilm: Path, tmp_path: Path) -> None:
-    model, data = tiny_bert(tmp_path / "model", minilm), write_rows(tmp_path / "rows.jsonl", PARITIES)
+    model, data = tiny_bert(tmp_path / "model", minilm, times=2), write_rows(tmp_path / "rows.jsonl", PARITIES)
     ran = rankrace("train", "--model", model, "--data", data, "--device", "cpu", *SHORT, "--out", tmp_path / "run",
                    "--quantize", kind)  # fmt: skip
     assert ran.code == 0, ran.err
 
 
-def test_a_plan(kind: Quantize, minilm: Path, tmp_path: Path) -> None:
-    model, data = tiny_llama(tmp_path / "model", minilm), write_rows(tmp_path / "rows.jsonl", SUMS)
+def test_a_plan(kind: Quantize, smollm2: Path, tmp_path: Path) -> None:
+    model, data = tiny_llama(tmp_path / "model", smollm2, times=2), write_rows(tmp_path / "rows.jsonl", SUMS)
     ran = rankrace("plan", "--model", model, "--data", data, "--device", "cpu", *SHORT, "--quantize", kind)
     assert ran.code == 0, ran.err
     assert f"layers in {kind.upper()}" in ran.out
     assert "yes" in ran.out
 
 
-def test_a_loaded_4_bit_model_is_searched(bitsandbytes: Any, minilm: Path, tmp_path: Path) -> None:
+def test_a_loaded_4_bit_model_is_searched(bitsandbytes: Any, smollm2: Path, tmp_path: Path) -> None:
     """As Transformers' own users have one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    folder = tiny_llama(tmp_path / "model", minilm)
+    folder = tiny_llama(tmp_path / "model", smollm2, times=2)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_use_double_quant=True,
@@ -413,9 +420,11 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         quantize(tiny("gpt2", torch.float32), "fp8", CPU)
     with pytest.raises(RankraceError, match="multiples of 16"):
         fp8.quantized(nn.Linear(24, 32), CPU)
+    with pytest.raises(RankraceError, match="96 inputs"):
+        nf4.quantized(nn.Linear(96, 64), CPU)
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch, minilm: Path, tmp_path: Path) -> None:
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Said before anything is loaded or written."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     ran = rankrace("train", "--model", tmp_path / "none", "--data", tmp_path / "none.jsonl", "--device", "cpu",

@@ -112,7 +112,7 @@ class RunConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute type. auto: bfloat16 on CUDA, float32 elsewhere. Factors are kept in at least float32."""
     quantize: Quantize = "none"
-    """Keep the frozen base in fewer bits. nf4: a quarter of the memory. fp8: quicker products, on Hopper-class GPUs."""
+    """Keep the frozen base in fewer bits. nf4: a quarter of the memory. fp8: faster products on Hopper-class GPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse norms, rotary embeddings and activations (torch.compile). auto: on CUDA, where a long run repays it."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from rankrace.bank.base.plain import PlainProduct
 from rankrace.errors import RankraceError
 
+BLOCK = 64
+"""Weights that share a scale."""
+
 
 class Nf4Product(PlainProduct):
     """Args:
@@ -26,6 +29,7 @@ class Nf4Product(PlainProduct):
                 "when the layer is first used, for inference only",
                 fix="give the model as it was loaded, before it was run",
             )
+        check_width(base, base.weight.device)
         base.support_avx512bf16_for_cpu = False  # packed anew there is no gradient
         super().__init__(base, lambda: whole(base))
 
@@ -42,7 +46,12 @@ def is_4bit(module: object) -> bool:
 
 
 def quantized(linear: nn.Linear, device: torch.device) -> nn.Module:
-    """The layer in 4 bits on the device, scales in 8 (double quantisation)."""
+    """The layer in 4 bits on the device, scales in 8 (double quantisation).
+
+    Raises:
+        RankraceError: a width at which bitsandbytes is wrong there.
+    """
+    check_width(linear, device)
     W_OD, nn_4bit = linear.weight, package().nn
     layer = nn_4bit.Linear4bit(
         linear.in_features, linear.out_features, bias=False, compute_dtype=W_OD.dtype, quant_type="nf4", device="meta"
@@ -54,6 +63,16 @@ def quantized(linear: nn.Linear, device: torch.device) -> nn.Module:
     layer.bias = linear.bias
     layer.support_avx512bf16_for_cpu = False  # see Nf4Product
     return layer.train(linear.training)
+
+
+def check_width(linear: nn.Linear, device: torch.device) -> None:
+    """bitsandbytes 0.50 takes wrong scales there, in silence (docs/log.md)."""
+    if device.type == "cpu" and linear.in_features % BLOCK:
+        raise RankraceError(
+            f"a layer with {linear.in_features} inputs cannot be kept in NF4 on a CPU",
+            why=f"bitsandbytes unpacks rows wrongly there unless {BLOCK} divides their length",
+            fix="use a GPU, or leave out --quantize",
+        )
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
