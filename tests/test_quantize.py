@@ -95,6 +95,8 @@ def test_rows_in_e4m3(dtype: torch.dtype) -> None:
         others = [t for t in range(7) if t != 3]
         assert spoilt[3].isnan().any()
         assert torch.equal(spoilt[others], again[others])
+    assert torch.equal(back(*rounded(x_TD[others].T.contiguous().T)), again[others])
+    assert rounded(x_TD.T.contiguous().T)[0].is_contiguous(), "the products read rows"
     column_D = torch.rand(48)
     torch.testing.assert_close(back(*rounded(x_TD[others], column_D)), back(*rounded(x_TD[others] * column_D)))
 

@@ -39,7 +39,7 @@ def rounded(x_TD: Tensor, column_D: Tensor | None = None) -> tuple[Tensor, Tenso
     x_TD = x_TD if column_D is None else x_TD * column_D
     largest_T1 = torch.linalg.vector_norm(x_TD, torch.inf, dim=1, keepdim=True, dtype=torch.float32)
     scale_T1 = (largest_T1 / LARGEST).clamp(min=TINY)
-    return (x_TD / scale_T1).to(E4M3), scale_T1
+    return (x_TD / scale_T1).to(E4M3, memory_format=torch.contiguous_format), scale_T1
 
 
 class Fp8Linear(nn.Linear):
@@ -115,7 +115,7 @@ class Fp8Product:
         self.base, self.switch = base, switch
 
     def read(self, x: Tensor) -> Read:
-        hat_TD, scale_T1 = self.switch.rounded(x.reshape(-1, x.shape[-1]), None)
+        hat_TD, scale_T1 = self.switch.rounded(x.detach().reshape(-1, x.shape[-1]), None)
         return Read(x=x, hat_TD=hat_TD, scale_T1=scale_T1)
 
     def output(self, read: Read, h_KTR: Tensor, sB_KDR: Tensor) -> tuple[InputGradient, Tensor]:
