@@ -130,4 +130,5 @@ def test_what_would_fit() -> None:
     assert remedy(memory(21_000, graphs=20_000), COST, Lengths) == "--cuda-graphs off"  # type: ignore[arg-type]
     assert remedy(memory(14_000), COST, Lengths) == "--micro-tokens 1024"  # type: ignore[arg-type]
     assert remedy(memory(3000), COST, Lengths) == "--max-length 160"  # type: ignore[arg-type]
-    assert "smaller model" in remedy(memory(900), COST, Lengths)  # type: ignore[arg-type]
+    assert "--quantize nf4, a smaller model" in remedy(memory(900), COST, Lengths)  # type: ignore[arg-type]
+    assert "quantize" not in remedy(memory(900), COST, Lengths, "nf4")  # type: ignore[arg-type]

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora import bnb as peft_bnb
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -389,6 +388,7 @@ def test_a_loaded_4_bit_model_is_searched(bitsandbytes: Any, smollm2: Path, tmp_
 def test_qlora_gets_pefts_own_4_bit_layers(bitsandbytes: Any) -> None:
     """What QLora.load does where there is a GPU."""
     from peft import LoraConfig
+    from peft.tuners.lora import bnb as peft_bnb
 
     model = base("llama", "nf4")
     model.is_loaded_in_4bit = True

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from rankrace.bank import Bank
-from rankrace.config import RunConfig
+from rankrace.config import Quantize, RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.data.pack import validation_batches
@@ -163,7 +163,7 @@ def forecast_of(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: 
         looks=len(plan.fractions),
         memory=memory,
         seconds=seconds(config, data, trainer, plan, K) if memory.fits else None,
-        remedy=None if memory.fits else remedy(memory, cost, data),
+        remedy=None if memory.fits else remedy(memory, cost, data, config.quantize),
     )
 
 
@@ -234,13 +234,14 @@ def seconds_per_token(trainer: Trainer[Bank], K: int) -> float:
     return took / (K * sum(trainer.lengths[i] for row in micros for i in row))
 
 
-def remedy(memory: Memory, cost: PassCost, data: Data) -> str:
+def remedy(memory: Memory, cost: PassCost, data: Data, quantize: Quantize = "none") -> str:
     """What would fit."""
     rest = memory.base + memory.workspace + memory.candidates
     tokens = cost.tokens_in(FREE_SHARE * (memory.capacity - rest), padding_of(data))
     longest = int(data.train.lengths.max())
     if memory.looking + rest > memory.capacity or memory.loading > memory.capacity or rest > memory.capacity:
-        return "a smaller model, smaller --ranks, or a device with more memory"
+        lighter = "--quantize nf4, " if quantize != "nf4" else ""
+        return f"{lighter}a smaller model, smaller --ranks, or a device with more memory"
     if memory.graphs and memory.peak <= memory.capacity:
         return "--cuda-graphs off"
     if tokens >= max(longest, 1):

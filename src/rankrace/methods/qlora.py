@@ -49,7 +49,7 @@ class QLora:
                 fix="leave the method out for this model",
             )
         model = load_model(name, task, labels, device=device, dtype=dtype, seed=seed, quantize_to="nf4")
-        model.is_loaded_in_4bit = True  # as Transformers says it; PEFT then takes its own 4-bit layers
+        model.is_loaded_in_4bit = True  # type: ignore  # as Transformers has it; PEFT asks
         return model
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:

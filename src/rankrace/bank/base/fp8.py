@@ -45,6 +45,10 @@ def rounded(x_TD: Tensor, column_D: Tensor | None = None) -> tuple[Tensor, Tenso
 class Fp8Linear(nn.Linear):
     """A frozen layer. Its weight is Ŵ; not meant to be saved."""
 
+    transposed_DO: Tensor
+    scale_O: Tensor
+    ones_D: Tensor
+
     def __init__(self, W_OD: Tensor, bias: Tensor | None) -> None:
         D_out, D_in = W_OD.shape
         super().__init__(D_in, D_out, bias=False, device="meta")
@@ -69,17 +73,16 @@ class Fp8Linear(nn.Linear):
         _multiply(g_hat_TO, self.transposed_DO.T, scale_T1, self.ones_D[None], gx_TD, None)
         return gx_TD
 
-    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """Without an adapter."""
-        return _Alone.apply(input, self)  # type: ignore[return-value]
+        return _alone(input, self)  # pyright: ignore[reportCallIssue]  # by its decorator
 
 
 def _multiply(
     a_TD: Tensor, b_DO: Tensor, scale_T1: Tensor, scale_1O: Tensor, out_TO: Tensor, bias: Tensor | None
 ) -> None:
     # Fast accumulation: less than the rounding of the factors costs, and without it rows' scales are slow.
-    torch._scaled_mm(
+    torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         a_TD, b_DO, scale_a=scale_T1, scale_b=scale_1O, bias=bias, out_dtype=out_TO.dtype, use_fast_accum=True,
         out=out_TO,
     )  # fmt: skip
@@ -97,6 +100,11 @@ class _Alone(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.layer.input_gradient(g, rounded).view(*g.shape[:-1], -1), None
+
+
+@torch.compiler.disable
+def _alone(x: Tensor, layer: Fp8Linear) -> Tensor:
+    return _Alone.apply(x, layer)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)

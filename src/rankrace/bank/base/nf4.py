@@ -4,7 +4,7 @@ A weight is made whole for each product, one layer at a time, and let go again. 
 """
 
 import sys
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def whole(base: Any) -> Tensor:
     return package().functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
 
 
-def is_4bit(module: object) -> bool:
+def is_4bit(module: object) -> TypeGuard[nn.Linear]:
     """Where nobody has imported bitsandbytes, no layer is its."""
     loaded = sys.modules.get("bitsandbytes")
     return loaded is not None and isinstance(module, loaded.nn.Linear4bit)
