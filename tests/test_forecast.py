@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from commandline import assert_refused, rankrace
 from examples import examples
@@ -12,7 +13,7 @@ from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data.pack import Size
 from rankrace.forecast import Memory, besides, remedy
-from rankrace.plan import LookPlan, candidate_bytes
+from rankrace.plan import FULL_TOKENS, MOST_TOKENS, LookPlan, candidate_bytes, worthwhile_tokens
 from rankrace.train.loop import Recipe, Trainer
 from rankrace.train.memory import Meter, PassCost, Plane, probe
 from rankrace.train.model import PackedModel
@@ -70,6 +71,22 @@ def test_the_largest_pass_that_fits() -> None:
     assert tokens == 500
     assert COST.training(Size(tokens=500, examples=5, longest=100, targets=500), 1) == 5100.0
     assert COST.tokens_in(50.0, 1.5) == 0
+
+
+def test_wide_models_take_short_passes() -> None:
+    """A pass of a small model is launching; one of a large model is products, and more tokens are only memory."""
+
+    def tokens(hidden: int, inner: int, graphs: bool = False) -> int:
+        return worthwhile_tokens(LlamaConfig(hidden_size=hidden, intermediate_size=inner), graphs=graphs)
+
+    shapes = ((576, 1536), (2048, 8192), (3072, 8192), (4096, 11008), (5120, 13824))
+    eager, launched = [tokens(*s) for s in shapes], [tokens(*s, graphs=True) for s in shapes]
+    assert eager == sorted(eager, reverse=True)
+    assert (eager[0], eager[-2], eager[-1]) == (MOST_TOKENS, FULL_TOKENS, FULL_TOKENS)
+    assert FULL_TOKENS < eager[1] < MOST_TOKENS
+    assert all(a <= b for a, b in zip(launched, eager, strict=True))
+    assert FULL_TOKENS < launched[0] < MOST_TOKENS
+    assert launched[1:] == [FULL_TOKENS] * 4
 
 
 def test_plan_of_a_causal_run(smollm2: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class RunConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Examples in one optimiser step."""
     micro_tokens: Annotated[int, Field(ge=1)] | None = None
-    """At most this many tokens in one packed row (one example is never cut for it). Default: by device."""
+    """At most this many tokens in a packed row (no example is cut for it). Default: enough to keep the device busy."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning-rate decay after the warm-up, to zero at the end."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03

@@ -179,6 +179,7 @@ def look_bytes(config: RunConfig, trainer: Trainer[Bank], cost: PassCost, R: int
     """What a look takes beside the candidates that train."""
     model, bank = trainer.model, trainer.bank
     cuts = int(config.refine) if config.strategy == "grid" else ranks_looked_at(config)
+    cuts = trainer.abreast_on(examples, cuts) if cuts else 0
     # The cuts, and a copy of them in one piece of memory; the spectra are float64.
     borrowed = candidate_bytes(bank, cuts, max(config.ranks), flats=2) if cuts else 0
     spectra = 8 * bank.trainable_parameters(R) if cuts else 0
