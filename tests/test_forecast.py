@@ -134,6 +134,8 @@ def test_plan_of_a_classifier_and_of_nothing(minilm: Path, tmp_path: Path) -> No
 
 
 def test_what_would_fit() -> None:
+    OFF, ON = (RunConfig(model="m", data="d", recompute=recompute) for recompute in ("off", "on"))
+
     class Lengths:
         class train:
             lengths = torch.tensor([100.0, 300.0]).numpy()
@@ -144,7 +146,8 @@ def test_what_would_fit() -> None:
 
     assert memory(21_000).fits
     assert not memory(21_000, graphs=1).fits
-    assert remedy(memory(21_000, graphs=20_000), COST, Lengths) == "--cuda-graphs off"  # type: ignore[arg-type]
-    assert remedy(memory(14_000), COST, Lengths) == "--micro-tokens 1024"  # type: ignore[arg-type]
-    assert remedy(memory(3000), COST, Lengths) == "--max-length 160"  # type: ignore[arg-type]
-    assert "smaller model" in remedy(memory(900), COST, Lengths)  # type: ignore[arg-type]
+    assert remedy(OFF, memory(21_000, graphs=20_000), COST, Lengths) == "--cuda-graphs off"  # type: ignore[arg-type]
+    assert remedy(OFF, memory(14_000), COST, Lengths) == "--micro-tokens 1024"  # type: ignore[arg-type]
+    assert remedy(OFF, memory(3000), COST, Lengths) == "--recompute on"  # type: ignore[arg-type]
+    assert remedy(ON, memory(3000), COST, Lengths) == "--max-length 160"  # type: ignore[arg-type]
+    assert "smaller model" in remedy(OFF, memory(900), COST, Lengths)  # type: ignore[arg-type]

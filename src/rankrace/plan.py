@@ -16,8 +16,9 @@ from rankrace.select.learning_rate import default_lr, rates_tried
 from rankrace.select.race import HEATS, PROBE
 from rankrace.select.shrink import PLANS
 from rankrace.train.loop import Trainer
-from rankrace.train.memory import free_bytes, probe
+from rankrace.train.memory import PassCost, free_bytes, free_caches, out_of_memory, probe
 from rankrace.train.model import PackedModel
+from rankrace.train.recompute import recomputing
 
 LOOK_SHARE, FRESH_SHARE = 0.10, 0.05
 """What the looks, and the first and last figures, may cost, as shares of the training's own work."""
@@ -63,6 +64,7 @@ def resolved(config: RunConfig, data: Data, packed: PackedModel[Bank], task: Tas
             "dtype": str(model.dtype).removeprefix("torch."),
             "compile": compile_ if config.compile == "auto" else config.compile,
             "cuda_graphs": graphs if config.cuda_graphs == "auto" else config.cuda_graphs,
+            "recompute": "on" if fitting.recompute else "off",
         }
     )
 
@@ -93,27 +95,48 @@ class Fitting:
     plain: int
     with_graphs: int
     """A graph keeps the memory of its passes beside that of the eager ones."""
+    recompute: bool
 
     def tokens(self, *, graphs: bool) -> int:
         return self.with_graphs if graphs else self.plain
 
     @staticmethod
     def of(config: RunConfig, data: Data, packed: PackedModel[Bank]) -> "Fitting":
-        bank = packed.bank
-        if bank.device.type != "cuda" or config.micro_tokens is not None:
-            return Fitting(plain=HOST_TOKENS, with_graphs=HOST_TOKENS)
+        bank, chosen = packed.bank, config.micro_tokens
+        decided = config.recompute != "auto"
+        if bank.device.type != "cuda" or (decided and chosen is not None):
+            tokens = chosen or HOST_TOKENS
+            return Fitting(plain=tokens, with_graphs=tokens, recompute=config.recompute == "on")
         K, R = starting(config, bank)
         bank.start((R,), (1.0,))
-        cost = probe(packed, data.train.examples)
         room = FREE_SHARE * free_bytes(bank.device) - candidate_bytes(bank, K, R)
+        recompute, cost = probed(config, data, packed, room)
+        shape = shape_of(packed.model)
 
         def within(room: float, *, graphs: bool) -> int:
             tokens = cost.tokens_in(room, padding_of(data))
-            return max(
-                LEAST_TOKENS, min(worthwhile_tokens(shape_of(packed.model), graphs=graphs), tokens // 512 * 512)
-            )
+            return chosen or max(LEAST_TOKENS, min(worthwhile_tokens(shape, graphs=graphs), tokens // 512 * 512))
 
-        return Fitting(plain=within(room, graphs=False), with_graphs=within(room / 2, graphs=True))
+        return Fitting(
+            plain=within(room, graphs=False), with_graphs=within(room / 2, graphs=True), recompute=recompute
+        )
+
+
+def probed(config: RunConfig, data: Data, packed: PackedModel[Bank], room: float) -> tuple[bool, PassCost]:
+    """Whether blocks are to be recomputed, and what a pass then takes of so many bytes."""
+    longest = int(data.train.lengths.max())
+    if config.recompute != "on":
+        try:
+            cost = probe(packed, data.train.examples)
+        except RuntimeError as error:
+            if config.recompute == "off" or not out_of_memory(error):
+                raise
+        else:
+            if config.recompute == "off" or cost.tokens_in(room, 1.0) >= longest:
+                return False, cost
+    free_caches()
+    with recomputing(packed.bank):
+        return True, probe(packed, data.train.examples)
 
 
 def worthwhile_tokens(shape: PreTrainedConfig, *, graphs: bool) -> int:

@@ -76,7 +76,8 @@ class Fixed:
 
 def refuse_unshared(config: RunConfig) -> None:
     """Raises RankraceError for options that only a bank has: the methods would not be compared on equal terms."""
-    for option, shared in (("dropout", config.dropout == 0), ("compile", config.compile != "on")):
+    for option, shared in (("dropout", config.dropout == 0), ("compile", config.compile != "on"),
+                           ("recompute", config.recompute != "on")):  # fmt: skip
         if not shared:
             raise RankraceError(
                 f"--{option} is an option of rankrace's own methods",

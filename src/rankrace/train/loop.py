@@ -267,7 +267,7 @@ class Trainer(Generic[B]):
             raise RankraceError(
                 f"out of memory: an example of {tokens:,} tokens does not fit on {self.bank.device}",
                 why="one example with one candidate is the smallest pass there is",
-                fix="lower --max-length, use a smaller model, or a device with more memory",
+                fix="--recompute on, a lower --max-length, a smaller model, or a device with more memory",
             )
         budget = min(tokens // 2, self.recipe.micro_tokens)
         self.recipe = replace(self.recipe, micro_tokens=budget)
