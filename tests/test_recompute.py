@@ -1,11 +1,14 @@
 """Blocks that are run again for their gradient: the same numbers, to the last digits, and less memory."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from commandline import rankrace
 from examples import examples
 from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank
@@ -19,6 +22,7 @@ from rankrace.train.memory import Meter, probe
 from rankrace.train.model import PackedModel
 from rankrace.train.passes import Eager
 from rankrace.train.recompute import recompute_blocks, recomputing
+from tinyfolder import SHORT, SUMS, tiny_llama, write_rows
 
 # torch's own, as it traces.
 pytestmark = [
@@ -137,6 +141,25 @@ def test_only_the_blocks_inputs_are_kept() -> None:
     assert less.kept.token < 0.3 * cost.kept.token
     assert less.backward.token < 0.75 * cost.backward.token
     assert less.measuring.token == pytest.approx(cost.measuring.token, rel=0.1)
+
+
+def test_a_run_by_the_command_line_is_the_same(smollm2: Path, tmp_path: Path) -> None:
+    """To the digits of float64; and it may be resumed the other way."""
+    model, data = tiny_llama(tmp_path / "model", smollm2), write_rows(tmp_path / "sums.jsonl", SUMS)
+    found = {}
+    for recompute in ("off", "on", "auto"):
+        out = tmp_path / recompute
+        ran = rankrace("train", "--model", model, "--data", data, "--out", out, "--device", "cpu", "--dropout", 0.1,
+                       "--dtype", "float64", "--recompute", recompute, *SHORT)  # fmt: skip
+        assert ran.code == 0, ran.err
+        found[recompute] = json.loads((out / "result.json").read_text())
+        config = (out / "config.yaml").read_text()
+        assert f"recompute: '{'on' if recompute == 'on' else 'off'}'" in config
+    for recompute in ("on", "auto"):
+        assert found[recompute]["loss"]["final"] == pytest.approx(found["off"]["loss"]["final"], abs=1e-9)
+        assert found[recompute]["rank"] == found["off"]["rank"]
+    ran = rankrace("plan", "--model", model, "--data", data, "--device", "cpu", "--recompute", "on", *SHORT)
+    assert "recompute on" in ran.out
 
 
 def test_auto_recomputes_where_the_longest_example_does_not_fit() -> None:
