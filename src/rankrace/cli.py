@@ -381,14 +381,17 @@ def listed(given: str | None) -> list[str] | None:
 @bench.command(name="table")
 def bench_table(
     folder: Annotated[Path, typer.Argument(help="The results folder of `bench run`.")],
+    times: Annotated[Path | None, typer.Option(help="Times and memory from the same runs in this folder.")] = None,
 ) -> None:
-    """Write table.md, .tex, .csv, .html and two figures beside the records; print the first."""
+    """Write table.md, .tex, .csv, .html, two figures and index.sqlite beside the records; print the first."""
     from rankrace.bench.render import markdown, write_all
     from rankrace.bench.store import Store
     from rankrace.bench.table import build
 
     store = Store(folder)
-    table = build(store.records())
+    records = store.records()
+    table = build(records, None if times is None else Store(times).records())
+    store.index(records)
     write_all(table, folder)
     out.print(markdown(table), markup=False)
 

@@ -107,6 +107,9 @@ def flat(record: Record) -> dict[str, Any]:
 def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = False) -> list[Job]:
     """The runs that can start now: what is missing, tuning before the runs that need its outcome.
 
+    Task by task, and in a task seed by seed, so that a sitting that ends early leaves whole columns of the table, or
+    at least all methods with as many seeds.
+
     Args:
         retry: failed runs count as missing.
     """
@@ -117,17 +120,16 @@ def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = Fal
         return record is None or (retry and record["status"] == "failed")
 
     for task in experiment.tasks:
+        tuned: dict[str, float] = {}
         for method in experiment.methods:
             tuning = tuning_jobs(experiment, method, task)
             open_ = [job for job in tuning if wanted(job)]
             missing += open_
-            if open_:
-                continue
-            scale = best_scale(tuning, records)
-            for seed in experiment.seeds:
-                job = Job(method=method, task=task, seed=seed, scale=scale, tuning=False)
-                if wanted(job):
-                    missing.append(job)
+            if not open_:
+                tuned[method] = best_scale(tuning, records)
+        for seed in experiment.seeds:
+            jobs = [Job(method=m, task=task, seed=seed, scale=scale, tuning=False) for m, scale in tuned.items()]
+            missing += [job for job in jobs if wanted(job)]
     return missing
 
 
