@@ -290,7 +290,8 @@ def test_a_sitting_ends_with_whole_columns(tmp_path: Path, bert: Path) -> None:
     tunings = ["full--seed0--lr1--tuning", "full--seed0--lr2--tuning", "lora-r8--seed0--lr1--tuning",
                "lora-r8--seed0--lr2--tuning"]  # fmt: skip
     assert [job.key for job in due(read, {})] == [f"{task}--{run}" for task in ("rte", "cola") for run in tunings]
-    tuned = {f"rte--{run}": {"status": "done", "validation_loss": float("lr1" in run)} for run in tunings}
+    tuned = {f"rte--{run}": {"status": "done", "scale": float("lr2" in run) + 1, "validation_loss": float("lr1" in run)}
+             for run in tunings}  # fmt: skip
     finals = [
         "rte--full--seed0--lr2",
         "rte--lora-r8--seed0--lr2",
@@ -477,8 +478,9 @@ def made(
 ) -> dict[str, Any]:
     return {
         "key": f"{method}{seed}", "experiment": "grid", "method": method, "task": "rte", "seed": seed, "scale": 1.0,
-        "tuning": False, "status": "done", "error": None, "metrics": {"accuracy": 100 * sum(rows) / len(rows)},
-        "rows": rows, "documents": documents, "parameters": 10, "rank": None, "peak_bytes": 2**30,
+        "tuning": False, "status": "done", "error": None, "validation_loss": 1.0,
+        "metrics": {"accuracy": 100 * sum(rows) / max(1, len(rows))}, "rows": rows, "documents": documents,
+        "parameters": 10, "rank": None, "peak_bytes": 2**30,
         "time": {"train_s": 2.0, "search_s": 0.5}, "baselines": {"empty": {"accuracy": 0.0}}, "slots": 1,
         "hardware": {"device": "cpu"}, "versions": {"torch": "2"}, "commit": "c", "dirty": False,
         "settings": {"model": "m", "test_max": None}, **more,
@@ -578,6 +580,16 @@ def test_times_from_a_pass_of_their_own() -> None:
         build(runs, {"other": again["full0"]})
     with pytest.raises(RankraceError, match="full0 was run with other settings"):
         build(runs, {"full0": again["full0"] | {"fingerprint": "g"}})
+
+
+def test_a_run_at_a_rate_that_is_no_more_the_best_does_not_count() -> None:
+    """The tuning run at 3 had failed, so 1 was taken; done again, it is the best."""
+    runs = [made("full", 0, [0.0] * 100), made("full", 0, RIGHT, key="full0lr3", scale=3.0)]
+    tuned = [made("full", 0, [], key=f"tuning{scale}", scale=scale, tuning=True, validation_loss=loss)
+             | {"metrics": {}} for scale, loss in ((1.0, 0.5), (3.0, 0.4))]  # fmt: skip
+    assert table_of(runs + tuned).rows[0].cells["rte"].values == (90.0,)
+    tuned[1] |= {"status": "failed", "validation_loss": None, "error": "out of memory"}
+    assert table_of(runs + tuned).rows[0].cells["rte"].values == (0.0,)
 
 
 def test_costs_are_of_tasks_that_all_methods_have_run_on() -> None:

@@ -355,7 +355,7 @@ def bench_run(
     runner: Annotated[str, typer.Option(help="local or ray.")] = "local",
     slots: Annotated[int, typer.Option(min=0, help="Runs at once; 0: one after another in this process.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    memory_gib: Annotated[float, typer.Option(min=0, help="Free GPU memory that a further run wants.")] = 0.0,
+    memory_gib: Annotated[float, typer.Option(min=0, help="Free GPU memory that a further run wants.")] = 6.0,
     stop_after: Annotated[float | None, typer.Option(min=0, help="Minutes after which no run starts.")] = None,
     retry_failed: Annotated[bool, typer.Option(help="Run again what has failed.")] = False,
 ) -> None:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,27 @@ def tuning_jobs(experiment: Experiment, method: str, task: str) -> list[Job]:
 
 def best_scale(tuning: list[Job], records: dict[str, Record]) -> float:
     """That of the lowest validation loss; of runs that failed none. 1 where nothing was tuned or nothing worked."""
-    losses = {job.scale: records[job.key]["validation_loss"] for job in tuning}
+    return lowest([records[job.key] for job in tuning])
+
+
+def lowest(tuning: Iterable[Record]) -> float:
+    """The scale of these runs' lowest validation loss; 1 where none has one."""
+    losses = {record["scale"]: record["validation_loss"] for record in tuning}
     finite = {scale: loss for scale, loss in losses.items() if loss is not None}
     return min(finite, key=lambda scale: finite[scale]) if finite else 1.0
+
+
+def outdated(records: dict[str, Record]) -> set[str]:
+    """Runs at a learning rate that is no more the best, since a tuning run that had failed was done again."""
+    tuning: dict[tuple[str, str], list[Record]] = {}
+    for record in records.values():
+        if record["tuning"]:
+            tuning.setdefault((record["method"], record["task"]), []).append(record)
+    best = {both: lowest(runs) for both, runs in tuning.items()}
+    return {
+        key for key, r in records.items()
+        if not r["tuning"] and r["scale"] != best.get((r["method"], r["task"]), r["scale"])
+    }  # fmt: skip
 
 
 def check(experiment: Experiment, records: dict[str, Record]) -> None:

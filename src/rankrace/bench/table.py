@@ -12,6 +12,7 @@ import numpy as np
 from rankrace.bench.claims import alone, claims
 from rankrace.bench.paired import Difference, difference
 from rankrace.bench.record import Record
+from rankrace.bench.store import outdated
 from rankrace.errors import RankraceError
 from rankrace.methods import METHODS
 from rankrace.tasks import TASKS
@@ -101,6 +102,8 @@ def build(records: dict[str, Record], times: dict[str, Record] | None = None) ->
     Raises:
         RankraceError: there is no finished run, or none of them is among `times`.
     """
+    old = outdated(records)
+    records = {key: record for key, record in records.items() if key not in old}
     records = records if times is None else with_times(records, times)
     runs = [r for r in records.values() if not r["tuning"] and r["status"] == "done"]
     if not runs:
