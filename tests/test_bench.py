@@ -290,8 +290,11 @@ def test_a_sitting_ends_with_whole_columns(tmp_path: Path, bert: Path) -> None:
     tunings = ["full--seed0--lr1--tuning", "full--seed0--lr2--tuning", "lora-r8--seed0--lr1--tuning",
                "lora-r8--seed0--lr2--tuning"]  # fmt: skip
     assert [job.key for job in due(read, {})] == [f"{task}--{run}" for task in ("rte", "cola") for run in tunings]
-    tuned = {f"rte--{run}": {"status": "done", "scale": float("lr2" in run) + 1, "validation_loss": float("lr1" in run)}
-             for run in tunings}  # fmt: skip
+    losses = {1.0: 0.6, 2.0: 0.5}
+    tuned: dict[str, Record] = {
+        f"rte--{run}": {"status": "done", "scale": scale, "validation_loss": losses[scale]}
+        for run, scale in zip(tunings, (1.0, 2.0, 1.0, 2.0), strict=True)
+    }
     finals = [
         "rte--full--seed0--lr2",
         "rte--lora-r8--seed0--lr2",
