@@ -19,6 +19,8 @@ SHAPES = {
              "vocab_size": 512},
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
              "num_key_value_heads": 3, "tie_word_embeddings": True, "vocab_size": 49152},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "tie_word_embeddings": True, "vocab_size": 128256},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "vocab_size": 32000},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
@@ -28,7 +30,7 @@ SHAPES = {
 
 def random_model(shape: str, device: torch.device, layers: int | None = None) -> PreTrainedModel:
     """A LLaMA with random weights, bfloat16 on a GPU: time and memory do not depend on the values."""
-    config = LlamaConfig(max_position_embeddings=4096, **SHAPES[shape])
+    config = LlamaConfig(max_position_embeddings=8192, **SHAPES[shape])
     if layers is not None:
         config.num_hidden_layers = layers
     before = torch.get_default_dtype()

@@ -128,6 +128,33 @@ def test_the_examples_of_a_step_do_not_depend_on_the_token_budget() -> None:
     assert all(len(batch.micros) == 1 for batch in epoch_batches(LENGTHS, 16, 16 * 300, 0, 0))
 
 
+@pytest.mark.parametrize("budget", [64, 256, 700, 1500, 5000])
+def test_rows_are_as_few_and_as_even_as_can_be(budget: int) -> None:
+    def filled(limit: int) -> list[int]:
+        """Tokens of rows that are filled one after the other."""
+        rows: list[int] = []
+        for length in sorted(LENGTHS.tolist(), reverse=True):
+            if rows and rows[-1] + length <= limit:
+                rows[-1] += length
+            else:
+                rows.append(length)
+        return rows
+
+    rows = validation_batches(LENGTHS, budget)
+    assert_rows_fit(rows, budget)
+    assert len(rows) == len(filled(budget)), "no more rows than without evening out"
+    longest = max(LENGTHS[list(row)].sum() for row in rows)
+    assert longest == LENGTHS.max() or len(filled(longest - 1)) > len(rows), "a shorter longest row needs one more"
+    if budget >= 1500:
+        assert longest <= LENGTHS.sum() / len(rows) + LENGTHS.max()
+
+
+def test_a_step_is_split_in_the_middle() -> None:
+    (batch,) = epoch_batches([100] * 60, batch_size=60, micro_tokens=4000, seed=0, epoch=0)
+    assert [len(row) for row in batch.micros] == [30, 30], "not 40 and 20"
+    assert validation_batches([], 10) == []
+
+
 def test_validation_covers_each_example_once() -> None:
     rows = validation_batches(LENGTHS, 512)
     assert_rows_fit(rows, 512)

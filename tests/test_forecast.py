@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from commandline import assert_refused, rankrace
 from examples import examples
@@ -12,7 +13,7 @@ from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data.pack import Size
 from rankrace.forecast import Memory, besides, remedy
-from rankrace.plan import LookPlan, candidate_bytes
+from rankrace.plan import FULL_TOKENS, MOST_TOKENS, LookPlan, candidate_bytes, worthwhile_tokens
 from rankrace.train.loop import Recipe, Trainer
 from rankrace.train.memory import Meter, PassCost, Plane, probe
 from rankrace.train.model import PackedModel
@@ -72,6 +73,22 @@ def test_the_largest_pass_that_fits() -> None:
     assert COST.tokens_in(50.0, 1.5) == 0
 
 
+def test_wide_models_take_short_passes() -> None:
+    """A pass of a small model is launching; one of a large model is products, and more tokens are only memory."""
+
+    def tokens(hidden: int, inner: int, graphs: bool = False) -> int:
+        return worthwhile_tokens(LlamaConfig(hidden_size=hidden, intermediate_size=inner), graphs=graphs)
+
+    shapes = ((576, 1536), (2048, 8192), (3072, 8192), (4096, 11008), (5120, 13824))
+    eager, launched = [tokens(*s) for s in shapes], [tokens(*s, graphs=True) for s in shapes]
+    assert eager == sorted(eager, reverse=True)
+    assert (eager[0], eager[-2], eager[-1]) == (MOST_TOKENS, FULL_TOKENS, FULL_TOKENS)
+    assert FULL_TOKENS < eager[1] < MOST_TOKENS
+    assert all(a <= b for a, b in zip(launched, eager, strict=True))
+    assert FULL_TOKENS < launched[0] < MOST_TOKENS
+    assert launched[1:] == [FULL_TOKENS] * 4
+
+
 def test_plan_of_a_causal_run(smollm2: Path, tmp_path: Path) -> None:
     model, data = tiny_llama(tmp_path / "model", smollm2), write_rows(tmp_path / "sums.jsonl", SUMS)
     for strategy in ("shrink", "grid"):
@@ -117,6 +134,9 @@ def test_plan_of_a_classifier_and_of_nothing(minilm: Path, tmp_path: Path) -> No
 
 
 def test_what_would_fit() -> None:
+    OFF, ON = (RunConfig(model="m", data="d", recompute=recompute) for recompute in ("off", "on"))
+    NF4 = OFF.model_copy(update={"quantize": "nf4"})
+
     class Lengths:
         class train:
             lengths = torch.tensor([100.0, 300.0]).numpy()
@@ -127,8 +147,9 @@ def test_what_would_fit() -> None:
 
     assert memory(21_000).fits
     assert not memory(21_000, graphs=1).fits
-    assert remedy(memory(21_000, graphs=20_000), COST, Lengths) == "--cuda-graphs off"  # type: ignore[arg-type]
-    assert remedy(memory(14_000), COST, Lengths) == "--micro-tokens 1024"  # type: ignore[arg-type]
-    assert remedy(memory(3000), COST, Lengths) == "--max-length 160"  # type: ignore[arg-type]
-    assert "--quantize nf4, a smaller model" in remedy(memory(900), COST, Lengths)  # type: ignore[arg-type]
-    assert "quantize" not in remedy(memory(900), COST, Lengths, "nf4")  # type: ignore[arg-type]
+    assert remedy(OFF, memory(21_000, graphs=20_000), COST, Lengths) == "--cuda-graphs off"  # type: ignore[arg-type]
+    assert remedy(OFF, memory(14_000), COST, Lengths) == "--micro-tokens 1024"  # type: ignore[arg-type]
+    assert remedy(OFF, memory(3000), COST, Lengths) == "--recompute on"  # type: ignore[arg-type]
+    assert remedy(ON, memory(3000), COST, Lengths) == "--max-length 160"  # type: ignore[arg-type]
+    assert "--quantize nf4, a smaller model" in remedy(OFF, memory(900), COST, Lengths)  # type: ignore[arg-type]
+    assert "quantize" not in remedy(NF4, memory(900), COST, Lengths)  # type: ignore[arg-type]

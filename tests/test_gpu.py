@@ -1,7 +1,7 @@
 """What only a GPU can show: flash attention, CUDA graphs, generated kernels, each against the plain path.
 
     python -m pytest -q tests/test_gpu.py        skipped without CUDA
-    python tests/test_gpu.py                     where there is no pytest
+    python tests/test_gpu.py [TEST ...]          where there is no pytest; prints the time of each
 
 All in bfloat16, whose unit in the last place is 2⁻⁸ = 0.4%: sums in another order differ by as much. Two ways are
 the same if their losses differ by less than 0.02 nats, and their gradients by less than 3% in norm.
@@ -11,9 +11,12 @@ Shapes: K candidates, T tokens, N examples, H heads, D head width.
 
 import gc
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle
+from pathlib import Path
 
 import torch
 import torch._dynamo
@@ -21,6 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks, where this is run as a script
+
+from benchmarks.memory import SETTINGS, SHAPES, line_of, random_model
 from examples import examples
 from rankrace.bank import Bank, quantize
 from rankrace.bank.base import fp8, nf4
@@ -36,8 +42,10 @@ from rankrace.methods.parameters import Parameters
 from rankrace.train.attention import HAS_WINDOW, Layout, varlen
 from rankrace.train.compiled import compile_blocks, uncompile
 from rankrace.train.loop import Recipe, Trainer
+from rankrace.train.memory import free_caches
 from rankrace.train.model import PackedModel
 from rankrace.train.passes import Eager
+from rankrace.train.recompute import recomputing
 
 RANKS = (4, 2, 12)
 RECIPE = Recipe(
@@ -147,20 +155,6 @@ def test_dropout_is_the_same_bits_as_on_the_host() -> None:
             assert torch.equal(function(x_KTD.cuda(), torch.tensor(key).cuda(), 0.3).cpu() != 0, expected)
 
 
-def test_compiled_is_eager_and_compiled_once() -> None:
-    for dropout in (0.0, 0.2):
-        model = prepared(dropout)
-        expected = [one_pass(model, *case) for case in CASES]
-        compile_blocks(model.bank)
-        for case, wanted in zip(CASES, expected, strict=True):
-            same(one_pass(model, *case), wanted)
-            if dropout == 0.0:  # the mask of one candidate and that of several are two kernels
-                torch._dynamo.config.error_on_recompile = True
-        torch._dynamo.config.error_on_recompile = False
-        uncompile(model.bank)
-        same(one_pass(model, *CASES[0]), expected[0])
-
-
 def trained(
     model: PackedModel, recipe: Recipe, step: Callable[[int], None] = lambda step: None
 ) -> tuple[Tensor, Tensor]:
@@ -192,19 +186,6 @@ def test_graphs_are_eager_over_several_steps() -> None:
     assert (trained(prepared(0.0), graphs)[0] - replayed).abs().max() > 0.005, "dropout has no effect"
 
 
-def test_graphs_of_compiled_blocks_and_no_compilation_after_warm_up() -> None:
-    model = prepared()
-    losses, _ = trained(model, RECIPE)
-    compile_blocks(model.bank)
-
-    def warm(step: int) -> None:
-        torch._dynamo.config.error_on_recompile = step >= 1
-
-    replayed, _ = trained(model, replace(RECIPE, graphs=True), warm)
-    torch._dynamo.config.error_on_recompile = False
-    assert (losses - replayed).abs().max() < 0.03
-
-
 def test_ranks_of_their_own_for_each_layer() -> None:
     """Layers padded each to its own rank, as if all were padded to the largest; eagerly and as graphs."""
     model = prepared()
@@ -227,6 +208,98 @@ def test_ranks_of_their_own_for_each_layer() -> None:
     assert (losses - replayed).abs().max() < 0.03
 
 
+def test_generation_as_a_graph_is_transformers_own() -> None:
+    """In bfloat16 a near tie may fall either way, and then the rest is another: most answers have to be the same."""
+    model = base()
+    prompts = [e.input_ids for e in ROWS[:24]]
+    greedy = GenerationConfig(max_new_tokens=40, do_sample=False, pad_token_id=0)
+    model.generation_config = GenerationConfig()
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor(prompt, device="cuda").long()[None]
+        expected.append(model.generate(ids, generation_config=greedy)[0, len(prompt) :])  # type: ignore[operator]
+    packed = PackedModel(model, Parameters(model, {}), "causal")
+    with remembering(model), torch.no_grad():
+        out_NA = answer(prompts, packed, eos=61, max_new_tokens=40, micro_tokens=512)  # 61: never written
+    alike = sum(torch.equal(a, b) for a, b in zip(out_NA, expected, strict=True))
+    assert alike >= len(prompts) // 2, alike
+
+
+def test_blocks_run_again_give_the_same() -> None:
+    """Recomputed: eagerly, and as graphs with dropout, whose masks have to come again too."""
+    model = prepared()
+    expected = [one_pass(model, *case) for case in CASES]
+    dropping = prepared(0.3)
+    losses, _ = trained(dropping, RECIPE)
+    with recomputing(model.bank):
+        for case, wanted in zip(CASES, expected, strict=True):
+            same(one_pass(model, *case), wanted)
+    with recomputing(dropping.bank):
+        replayed, _ = trained(dropping, replace(RECIPE, graphs=True))
+    assert (losses - replayed).abs().max() < 0.03
+    assert peak_of(lambda: one_pass(model, *CASES[4])) > 1.5 * recomputed_peak(model)
+
+
+def recomputed_peak(model: PackedModel) -> int:
+    with recomputing(model.bank):
+        return peak_of(lambda: one_pass(model, *CASES[4]))
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Bytes that it takes for a while, beside what lies there."""
+    free_caches()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_the_peak_of_a_step_is_predicted() -> None:
+    """Within 10%, weights and all, for a deep, a wide and a classifying model; `benchmarks.memory` has more."""
+    device = torch.device("cuda")
+    wide = replace(SHAPES["llama-1b"], num_hidden_layers=4, vocab_size=32000)
+    for name, shape in (("llama-135m", SHAPES["llama-135m"]), ("llama-wide", wide), ("bert-22m", SHAPES["bert-22m"])):
+        hf, task = random_model(name, shape, device)
+        for setting in SETTINGS:
+            line = line_of(hf, task, setting)
+            assert abs(line["ratio"] - 1) < 0.1, (name, line)
+            print(f"    {name}: {line['ratio']:.3f}, of the pass alone {line['pass_ratio']:.3f}", flush=True)
+        del hf
+        free_caches()
+
+
+def test_out_of_memory_for_real() -> None:
+    """A training whose first pass does not fit backs off, and ends with the losses of one in small passes."""
+    big = replace(RECIPE, batch_size=len(ROWS), micro_tokens=1_000_000)
+    small = replace(big, micro_tokens=600)
+    model = prepared()
+    expected, _ = trained(model, small)
+    needs = {recipe.micro_tokens: peak_of(lambda recipe=recipe: trained(model, recipe)) for recipe in (small, big)}
+    room = (needs[600] + needs[1_000_000]) // 2
+    assert needs[1_000_000] > needs[600] + 50 * 2**20, needs
+    total = torch.cuda.get_device_properties(0).total_memory
+    for graphs in (False, True):
+        free_caches()
+        trainer = Trainer(model, ROWS, replace(big, graphs=graphs))
+        start = model.bank.candidates
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + room) / total)
+        try:
+            trainer.start(start, [1e-4] * len(RANKS))
+            losses = torch.stack([loss_K.clone() for loss_K in trainer.run(12)])
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        model.bank.load(start)
+        assert trainer.notes, "nothing ran out"
+        assert trainer.recipe.micro_tokens < 6000, trainer.notes
+        assert (losses - expected).abs().max() < 0.03, (losses, expected)
+        print(f"    {len(trainer.notes)} times: {trainer.notes[-1]}", flush=True)
+
+
+# --- the long ones: compilers, and seven ways to train
+
+
 def by_method(name: str, graphs: str) -> Tensor:
     """Losses of a method's steps, on ordinary parameters whose gradients autograd hands over."""
     config = RunConfig(model="tiny", data="rows", lr=1e-4, max_steps=12, epochs=1000, batch_size=8, warmup=0.0,
@@ -244,21 +317,31 @@ def test_graphs_of_other_methods_are_eager() -> None:
         assert (eager - replayed).abs().max() < 0.03, (name, eager, replayed)
 
 
-def test_generation_as_a_graph_is_transformers_own() -> None:
-    """In bfloat16 a near tie may fall either way, and then the rest is another: most answers have to be the same."""
-    model = base()
-    prompts = [e.input_ids for e in ROWS[:24]]
-    greedy = GenerationConfig(max_new_tokens=40, do_sample=False, pad_token_id=0)
-    model.generation_config = GenerationConfig()
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor(prompt, device="cuda").long()[None]
-        expected.append(model.generate(ids, generation_config=greedy)[0, len(prompt) :])  # type: ignore[operator]
-    packed = PackedModel(model, Parameters(model, {}), "causal")
-    with remembering(model), torch.no_grad():
-        out_NA = answer(prompts, packed, eos=61, max_new_tokens=40, micro_tokens=512)  # 61: never written
-    alike = sum(torch.equal(a, b) for a, b in zip(out_NA, expected, strict=True))
-    assert alike >= len(prompts) // 2, alike
+def test_compiled_is_eager_and_compiled_once() -> None:
+    for dropout in (0.0, 0.2):
+        model = prepared(dropout)
+        expected = [one_pass(model, *case) for case in CASES]
+        compile_blocks(model.bank)
+        for case, wanted in zip(CASES, expected, strict=True):
+            same(one_pass(model, *case), wanted)
+            if dropout == 0.0:  # the mask of one candidate and that of several are two kernels
+                torch._dynamo.config.error_on_recompile = True
+        torch._dynamo.config.error_on_recompile = False
+        uncompile(model.bank)
+        same(one_pass(model, *CASES[0]), expected[0])
+
+
+def test_graphs_of_compiled_blocks_and_no_compilation_after_warm_up() -> None:
+    model = prepared()
+    losses, _ = trained(model, RECIPE)
+    compile_blocks(model.bank)
+
+    def warm(step: int) -> None:
+        torch._dynamo.config.error_on_recompile = step >= 1
+
+    replayed, _ = trained(model, replace(RECIPE, graphs=True), warm)
+    torch._dynamo.config.error_on_recompile = False
+    assert (losses - replayed).abs().max() < 0.03
 
 
 # --- bases in fewer bits
@@ -383,16 +466,21 @@ def main() -> None:
         sys.exit("no CUDA here")
     print(torch.cuda.get_device_name(), torch.__version__)
     failed = 0
-    for name, test in list(globals().items()):
-        if name.startswith("test_"):
-            torch._dynamo.reset()
-            try:
-                test()
-                print(f"passed  {name}", flush=True)
-            except Exception as error:
-                failed += 1
-                torch._dynamo.config.error_on_recompile = False
-                print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
+    tests = {name: test for name, test in globals().items() if name.startswith("test_")}
+    for name in sys.argv[1:] or tests:
+        torch._dynamo.reset()
+        free_caches()
+        began = time.perf_counter()
+        try:
+            tests[name]()
+            torch.cuda.synchronize()
+            told = "passed"
+        except Exception:
+            failed += 1
+            torch._dynamo.config.error_on_recompile = False
+            traceback.print_exc()
+            told = "FAILED"
+        print(f"{told}  {time.perf_counter() - began:6.1f} s  {name}", flush=True)
     sys.exit(failed)
 
 

@@ -10,9 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from examples import examples
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch
+from rankrace.select.objective import Held, Objective, log2_penalty
+from rankrace.select.search import Search, Setting
+from rankrace.select.shrink import Shrink
 from rankrace.train.loop import Recipe, Trainer
 from rankrace.train.memory import Meter
 from rankrace.train.model import PackedModel
@@ -130,6 +134,42 @@ def test_candidates_measured_one_after_another_need_the_memory_of_one() -> None:
     alone = step((32,), ONE_BY_ONE, train=False)
     assert step(RANKS, ONE_BY_ONE, train=False).peak <= 1.05 * alone.peak
     assert step(RANKS, SIDE_BY_SIDE, train=False).peak >= 3 * alone.peak
+
+
+def test_a_look_holds_the_cuts_that_run_side_by_side() -> None:
+    """The others would only wait: the same losses, in less memory."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
+                         num_attention_heads=4, max_position_embeddings=LENGTH)  # fmt: skip
+    model = LlamaForCausalLM(config).double()
+    bank = Bank(model)
+    rows = examples(8, longest=20)
+    tokens = sum(map(len, rows))
+    ranks = (1, 2, 4, 8, 16, 24, 32)
+
+    def look(micro_tokens: int) -> tuple[np.ndarray, int]:
+        recipe = Recipe(epochs=1, max_steps=None, batch_size=8, micro_tokens=micro_tokens, schedule="constant",
+                        warmup=0.0, weight_decay=0.0, clip=1.0, seed=0)  # fmt: skip
+        trainer = Trainer(PackedModel(model, bank, "causal"), rows, recipe)
+        bank.start((32,), (1.0,))
+        for layer in bank.layers.values():
+            torch.nn.init.normal_(layer.B_KDR, std=0.1, generator=torch.Generator().manual_seed(layer.index))
+        trainer.start(bank.candidates, [1e-3])
+        objective = Objective(penalty=log2_penalty(0.0), rule="one_se", share=0.04)
+        strategy = Shrink(total_steps=100, wide=32, largest=16, refine=True, objective=objective)
+        held = Held(tokens_N=np.ones(8), cluster_N=np.arange(8), base_N=np.ones(8))
+        search = Search(trainer, strategy, rows, held, lambda rank: Setting(multiplier=2.0, lr=1e-3))
+        search.spectra(0)
+        with Meter() as meter:
+            trials = search.truncated(0, ranks)
+        assert [trial.rank for trial in trials] == list(ranks)
+        return np.stack([trial.loss_N for trial in trials]), meter.peak
+
+    together, in_turn, by_twos = look(tokens * len(ranks)), look(tokens), look(2 * tokens + 1)
+    for other in (in_turn, by_twos):
+        assert np.abs(other[0] - together[0]).max() < 1e-9
+    assert len(set(together[0].sum(1).round(9))) == len(ranks)
+    assert in_turn[1] < 0.3 * together[1]
 
 
 @pytest.mark.parametrize("train", [True, False])

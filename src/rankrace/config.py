@@ -94,7 +94,7 @@ class RunConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Examples in one optimiser step."""
     micro_tokens: Annotated[int, Field(ge=1)] | None = None
-    """At most this many tokens in one packed row (one example is never cut for it). Default: by device."""
+    """At most this many tokens in a packed row (no example is cut for it). Default: enough to fill the device."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning-rate decay after the warm-up, to zero at the end."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -117,6 +117,9 @@ class RunConfig(BaseModel):
     """Fuse norms, rotary embeddings and activations (torch.compile). auto: on CUDA, where a long run repays it."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch a whole pass at once. auto: on CUDA, where launching its kernels one by one would take longer."""
+    recompute: Literal["auto", "on", "off"] = "auto"
+    """Keep only what enters each block, and run the block again for its gradient: a third more work, far less memory.
+    auto: on CUDA, where the longest example would not fit otherwise."""
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps between checkpoints. Default: a twentieth of the run."""
     track: Literal["none", "tensorboard", "trackio", "wandb", "mlflow"] = "none"

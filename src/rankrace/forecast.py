@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from rankrace.bank import Bank
-from rankrace.config import Quantize, RunConfig
+from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.data.pack import validation_batches
@@ -39,8 +39,9 @@ from rankrace.train.passes import Graphs
 
 TIMED_TOKENS = 512
 """Of the pass that is timed on a CPU; on a GPU a whole step is."""
-MEASURING = 0.5
-"""A forward alone takes so much of a forward and backward: neither has a gradient of the frozen weights."""
+MEASURING = {"off": 1 / 2, "on": 1 / 3}
+"""A forward alone takes so much of a pass, with blocks recomputed or not: the backward has no gradient of the frozen
+weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ def forecast_of(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: 
         looks=len(plan.fractions),
         memory=memory,
         seconds=seconds(config, data, trainer, plan, K) if memory.fits else None,
-        remedy=None if memory.fits else remedy(memory, cost, data, config.quantize),
+        remedy=None if memory.fits else remedy(config, memory, cost, data),
     )
 
 
@@ -179,6 +180,7 @@ def look_bytes(config: RunConfig, trainer: Trainer[Bank], cost: PassCost, R: int
     """What a look takes beside the candidates that train."""
     model, bank = trainer.model, trainer.bank
     cuts = int(config.refine) if config.strategy == "grid" else ranks_looked_at(config)
+    cuts = trainer.abreast_on(examples, cuts) if cuts else 0
     # The cuts, and a copy of them in one piece of memory; the spectra are float64.
     borrowed = candidate_bytes(bank, cuts, max(config.ranks), flats=2) if cuts else 0
     spectra = 8 * bank.trainable_parameters(R) if cuts else 0
@@ -204,7 +206,7 @@ def seconds(config: RunConfig, data: Data, trainer: Trainer[Bank], plan: LookPla
     return Seconds(
         step=K * one,
         steps=trainer.total * one * (1 + besides(config, plan, K)),
-        looks=MEASURING * per_token * measured * float(data.validation.lengths.mean()),
+        looks=MEASURING[config.recompute] * per_token * measured * float(data.validation.lengths.mean()),
     )
 
 
@@ -234,16 +236,18 @@ def seconds_per_token(trainer: Trainer[Bank], K: int) -> float:
     return took / (K * sum(trainer.lengths[i] for row in micros for i in row))
 
 
-def remedy(memory: Memory, cost: PassCost, data: Data, quantize: Quantize = "none") -> str:
+def remedy(config: RunConfig, memory: Memory, cost: PassCost, data: Data) -> str:
     """What would fit."""
     rest = memory.base + memory.workspace + memory.candidates
     tokens = cost.tokens_in(FREE_SHARE * (memory.capacity - rest), padding_of(data))
     longest = int(data.train.lengths.max())
     if memory.looking + rest > memory.capacity or memory.loading > memory.capacity or rest > memory.capacity:
-        lighter = "--quantize nf4, " if quantize != "nf4" else ""
+        lighter = "--quantize nf4, " if config.quantize != "nf4" else ""
         return f"{lighter}a smaller model, smaller --ranks, or a device with more memory"
     if memory.graphs and memory.peak <= memory.capacity:
         return "--cuda-graphs off"
+    if config.recompute == "off" and tokens < longest:
+        return "--recompute on"
     if tokens >= max(longest, 1):
         return f"--micro-tokens {tokens // LEAST_TOKENS * LEAST_TOKENS or tokens}" + (
             " --cuda-graphs off" if memory.graphs else ""

@@ -13,7 +13,8 @@ from rankrace.errors import RankraceError
 from rankrace.options import checked
 from rankrace.result import Result, replace_text
 
-MAY_DIFFER = {"out", "resume", "device", "save_every", "micro_tokens", "compile", "cuda_graphs", "track"}
+MAY_DIFFER = {"out", "resume", "device", "save_every", "micro_tokens", "compile", "cuda_graphs",
+              "recompute", "track"}  # fmt: skip
 """Options that a resumed run may change without becoming another run."""
 UNRESOLVED = (None, "auto")
 """Values that leave the choice to the run: whatever it came to is no other option."""

@@ -26,6 +26,7 @@ from rankrace.select.search import Search, SearchState, Setting
 from rankrace.train.compiled import compile_blocks
 from rankrace.train.loop import Measured, Recipe, Trainer
 from rankrace.train.model import PackedModel
+from rankrace.train.recompute import recompute_blocks
 
 FRESH_LEAST = 10
 """With fewer examples than this in each half, validation is not halved."""
@@ -128,6 +129,8 @@ def ready(
     assert config.micro_tokens is not None
     if config.compile == "on":
         compile_blocks(bank)
+    if config.recompute == "on":
+        recompute_blocks(bank)  # after what it runs again is what it will be
     trainer = Trainer(model, data.train.examples, recipe_of(config, config.micro_tokens))
     return config, trainer, LookPlan.of(config, data, trainer)
 

@@ -177,5 +177,11 @@ def settings_of(experiment: Experiment, job: Job) -> dict[str, Any]:
             "test_max": experiment.test_max, "tuning": job.tuning}  # fmt: skip
 
 
+def training_of(experiment: Experiment, job: Job) -> str:
+    """Equal for runs that share one training: that of the tuning and the one for the table."""
+    settings = settings_of(experiment, job)
+    return fingerprint({name: value for name, value in settings.items() if name not in ("test_max", "tuning")})
+
+
 def fingerprint(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -42,7 +42,7 @@ class Fixed:
         model = PackedModel(trained.model, trained, task)
         shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
         model.verify(model.pack(data.train.examples, shortest))
-        micro_tokens = config.micro_tokens or default_micro_tokens(trained.model)
+        micro_tokens = config.micro_tokens or default_micro_tokens(trained.model, graphs=config.cuda_graphs == "on")
         self.trainer = Trainer(model, data.train.examples, recipe_of(config, micro_tokens))
         self.trainer.begin([config.lr])
         self.trainer.optimizer = optimizer(self.trainer.optimizer, self.trainer)
@@ -76,7 +76,8 @@ class Fixed:
 
 def refuse_unshared(config: RunConfig) -> None:
     """Raises RankraceError for options that only a bank has: the methods would not be compared on equal terms."""
-    for option, shared in (("dropout", config.dropout == 0), ("compile", config.compile != "on")):
+    for option, shared in (("dropout", config.dropout == 0), ("compile", config.compile != "on"),
+                           ("recompute", config.recompute != "on")):  # fmt: skip
         if not shared:
             raise RankraceError(
                 f"--{option} is an option of rankrace's own methods",

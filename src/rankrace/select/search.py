@@ -198,8 +198,14 @@ class Search:
         if not self.finite(index):
             lost_N = np.full(len(self.examples), np.nan)
             return [Trial(rank=r, loss_N=lost_N, source="truncated") for r in ranks]
-        with self.trainer.bank.borrowed(self.cut(index, ranks)):
-            return self.trials(ranks, "truncated")
+        trials = []
+        # Cuts that would only wait for others take memory for nothing.
+        abreast = self.trainer.abreast_on(self.examples, len(ranks))
+        for k in range(0, len(ranks), abreast):
+            some = ranks[k : k + abreast]
+            with self.trainer.bank.borrowed(self.cut(index, some)):
+                trials += self.trials(some, "truncated")
+        return trials
 
     def pooled(self, index: int, rank: int) -> tuple[Trial, dict[str, int]]:
         costs, whole = self.trainer.bank.costs, self.spectra(index)

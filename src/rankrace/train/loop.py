@@ -210,6 +210,12 @@ class Trainer(Generic[B]):
         """How many of K candidates a row of so many tokens runs with side by side."""
         return max(1, min(K, self.recipe.micro_tokens // tokens))
 
+    def abreast_on(self, examples: Sequence[Encoded], K: int) -> int:
+        """How many of K candidates are measured side by side on these examples."""
+        lengths = [len(e) for e in examples]
+        rows = validation_batches(lengths, self.recipe.micro_tokens)
+        return self.abreast(max(sum(lengths[i] for i in row) for row in rows), K)
+
     def batch(self, step: int) -> Batch:
         epoch, index = divmod(step, self.per_epoch)
         if self._epoch[0] != epoch:
@@ -261,7 +267,7 @@ class Trainer(Generic[B]):
             raise RankraceError(
                 f"out of memory: an example of {tokens:,} tokens does not fit on {self.bank.device}",
                 why="one example with one candidate is the smallest pass there is",
-                fix="lower --max-length, use a smaller model, or a device with more memory",
+                fix="--recompute on, a lower --max-length, a smaller model, or a device with more memory",
             )
         budget = min(tokens // 2, self.recipe.micro_tokens)
         self.recipe = replace(self.recipe, micro_tokens=budget)
