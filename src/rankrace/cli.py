@@ -270,7 +270,8 @@ def plan(config: RunConfig) -> None:
     def size(count: float) -> str:
         return f"{count / 2**30:8.2f} GiB"
 
-    say("model", f"{f.parameters:,} parameters, {c.dtype} on {c.device}")
+    say("model", f"{f.parameters:,} parameters, {c.dtype} on {c.device}"
+        + ("" if c.quantize == "none" else f", its layers in {c.quantize.upper()}"))  # fmt: skip
     say("candidates", f"{len(f.ranks)} of rank {', '.join(map(str, f.ranks))}")
     say("steps", f"{f.steps:,} of {f.step_tokens:,.0f} tokens, {f.looks} looks")
     say("passes", f"at most {c.micro_tokens:,} tokens; the largest {T:,} × {K}; compile {c.compile}, "

@@ -27,7 +27,8 @@ from rankrace.methods import find_method
 from rankrace.options import checked
 from rankrace.tasks import find_task
 
-SET_HERE = {"model", "data", "out", "task", "validation", "strategy", "lr", "rank_lr", "seed", "device", "resume"}
+SET_HERE = {"model", "data", "out", "task", "validation", "strategy", "lr", "rank_lr", "seed", "device", "resume",
+            "quantize"}  # fmt: skip
 """Options that the experiment itself decides."""
 Positive = Annotated[float, Field(gt=0)]
 
