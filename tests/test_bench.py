@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from commandline import Ran, assert_refused, rankrace
-from rankrace.bench.experiment import Job, read_experiment
+from rankrace.bench.experiment import Job, config_of, read_experiment
 from rankrace.bench.job import perform
 from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, only_gpu
 from rankrace.bench.paired import difference
@@ -157,7 +157,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     common = {"max_steps": 30, "epochs": 30}
     experiment = written(tmp_path, llama, methods=["adalora-r8"], tasks=["sst2"], common=common)
     code = (
-        "from pathlib import Path; from rankrace.bench.experiment import Job, read_experiment;"
+        "from pathlib import Path; from rankrace.bench.experiment import Job, config_of, read_experiment;"
         "from rankrace.bench.job import perform;"
         f"perform(read_experiment(Path({str(experiment)!r})), {JOB!r}, Path({str(tmp_path / 'out')!r}), 'cpu', 0.0)"
     )
@@ -281,6 +281,16 @@ def test_a_gpu_with_runs_takes_another_only_where_there_is_room(monkeypatch: pyt
     assert [has_room(gpu, 10.0, slots) for gpu in (0, 1)] == [False, True]
     assert has_room(0, 10.0, slots[1:]), "the first run says itself what is missing"
     assert has_room(0, 0.0, slots)
+
+
+def test_all_methods_have_one_engine(tmp_path: Path, bert: Path) -> None:
+    """Compiling, graphs and recomputation are never left to a method; where a run was made changes no settings."""
+    read = read_experiment(written(tmp_path, bert, methods=["full"], tasks=["sst2"]))
+    gpu, cpu = (config_of(read, JOB, tmp_path, device) for device in ("cuda", "cpu"))
+    assert (gpu.compile, gpu.cuda_graphs, gpu.recompute) == ("off", "on", "off")
+    assert (cpu.compile, cpu.cuda_graphs) == ("off", "off")
+    chosen = read.model_copy(update={"common": {"cuda_graphs": "off"}})
+    assert config_of(chosen, JOB, tmp_path, "cuda").cuda_graphs == "off"
 
 
 def test_a_sitting_ends_with_whole_columns(tmp_path: Path, bert: Path) -> None:

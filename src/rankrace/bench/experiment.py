@@ -160,8 +160,9 @@ def narrowed(experiment: Experiment, **wanted: Sequence[str] | None) -> Experime
 def config_of(experiment: Experiment, job: Job, out: Path, device: str) -> RunConfig:
     """The run's options, without the learning rate, which waits for the model's width."""
     options = {**experiment.common, **experiment.per_task.get(job.task, {})}
-    # The methods are compared on one engine: nothing is switched on by itself for some of them only.
-    engine = {"compile": "off", "cuda_graphs": "on" if device.startswith("cuda") else "off"}
+    # The methods are compared on one engine: nothing is switched on by itself for some of them only, or probed for.
+    gpu = device.startswith("cuda")
+    engine = {"compile": "off", **({"cuda_graphs": "on", "recompute": "off"} if gpu else {"cuda_graphs": "off"})}
     here = {"model": experiment.weights or experiment.model, "data": job.task, "out": out, "device": device}
     return checked({**engine, **options, **here, "seed": job.seed})
 
