@@ -105,7 +105,7 @@ def test_siblings_that_stand_alone() -> None:
 class Own(torch.nn.Linear):
     """Stands for a quantised layer, which brings its own way back."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).tanh()
 
 
