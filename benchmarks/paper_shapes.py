@@ -7,7 +7,9 @@ lengths are measured and the rest is EXTRAPOLATED from their median; time and me
 values. What does not fit is measured with a quarter and an eighth of the blocks and extrapolated over blocks, too;
 the line says so. All methods run eagerly, in the one loop. Of the strategies the parts are measured and put together
 as they run: shrink has 30% of its steps at twice the largest rank (it may decide earlier) and five looks, grid 15%
-with all candidates side by side and one look. Baselines do not look at validation data at all.
+with all candidates side by side and one look. Baselines do not look at validation data. race is not among them.
+
+The file is written after each method, and the same command again measures only what is not in it.
 
 Shapes: K candidates.
 """
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.lengths import ROWS, read_lengths
-from benchmarks.shapes import SHAPES, made_up_data, random_model, synchronize, versions
+from benchmarks.shapes import SHAPES, empty, made_up_data, random_model, reset_peak, synchronize, versions
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data import Data
@@ -86,9 +88,8 @@ class Measurement:
 
     def with_blocks(self, build: "Build", blocks: int) -> Part | None:
         """None: out of memory."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        empty(self.device)  # of the model before, which would count as this one's
+        reset_peak(self.device)
         try:
             trainer, parameters = build(self, blocks)
             seconds = []
@@ -161,20 +162,34 @@ def main() -> None:
     vocabulary = SHAPES[options.shape]["vocab_size"]
     data = made_up_data(read_lengths("squad2"), vocabulary, train=512, validation=512)
     m = Measurement(options.shape, config, data, options.warm, options.steps)
-    lines = []
+    found = {
+        "command": f"python -m benchmarks.paper_shapes --shape {options.shape}",
+        "steps": STEPS,
+        "measured_steps": options.steps,
+        "micro_tokens": options.micro_tokens,
+        "versions": versions(m.device),
+    }
+    lines = measured_before(options.out, found)
     for method in options.methods.split(","):
+        if method in {line["method"] for line in lines}:
+            continue
+        began = time.perf_counter()
         line = line_of(method, m)
-        lines.append(line)
+        lines.append(line | {"measuring_s": round(time.perf_counter() - began, 1)})
+        options.out.write_text(json.dumps({**found, "methods": lines}, indent=1) + "\n")
         print(f"{method}: {line['train_s'] / 3600:.2f} h, {line['peak_bytes'] / 2**30:.1f} GiB, "
               f"{line['parameters']:,} parameters; blocks: {line['blocks']}", flush=True)  # fmt: skip
-        found = {
-            "command": f"python -m benchmarks.paper_shapes --shape {options.shape}",
-            "steps": STEPS,
-            "measured_steps": options.steps,
-            "versions": versions(m.device),
-            "methods": lines,
-        }
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measured_before(out: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of an earlier sitting."""
+    if not out.exists():
+        return []
+    before = json.loads(out.read_text())
+    lines = before.pop("methods")
+    if before != now:
+        raise SystemExit(f"{out} was measured otherwise ({before}, now {now}): give another --out")
+    return lines
 
 
 def line_of(method: str, m: Measurement) -> dict[str, Any]:

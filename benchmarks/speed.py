@@ -1,6 +1,7 @@
 """What a whole adaptive run costs against the usual stacks, part by part, in one process.
 
     python -m benchmarks.speed --shape 7b --lengths squad2,sst2 --out benchmarks/results/speed-7b.json
+    python -m benchmarks.speed --shape 7b --parts ours --quantize nf4 --out benchmarks/results/speed-7b-nf4.json
     python -m benchmarks.speed --shape tiny --device cpu --backend aot_eager --steps 2 --warm 1 --out /tmp/speed.json
 
 Models have random weights, examples random tokens of real lengths (benchmarks/lengths.json): time and memory do not
@@ -56,7 +57,7 @@ from benchmarks.shapes import (
     synchronize,
     versions,
 )
-from rankrace.bank import Bank
+from rankrace.bank import Bank, check_quantize, quantize
 from rankrace.config import RunConfig
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import epoch_batches
@@ -97,14 +98,15 @@ class Bench:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.device = torch.device(given.device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        check_quantize(given.quantize, self.device, self.dtype)
         self.vocabulary: int = SHAPES[given.shape]["vocab_size"]
 
     def model(self) -> PreTrainedModel:
         forget(self.device)
         if self.given.model is None:
             return random_model(self.given.shape, self.device, self.given.layers)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return load_model(self.given.model, "causal", None, device=self.device, dtype=dtype, seed=0)
+        return load_model(self.given.model, "causal", None, device=self.device, dtype=self.dtype, seed=0)
 
     def timed(self, step: Callable[[int], object], warm: Sequence[int] | None = None) -> Found:
         """Median milliseconds of the steps 0, 1, …, after others to warm up."""
@@ -128,11 +130,10 @@ class Bench:
         """TFLOP/s of the best of some plain products of the shape."""
         D, inner = SHAPES[self.given.shape]["hidden_size"], SHAPES[self.given.shape]["intermediate_size"]
         T = 8192 if self.device.type == "cuda" else 64
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         rates = []
         for D_in, D_out in ((D, D), (D, inner), (inner, D), (8192, 8192) if T == 8192 else (D, D)):
-            x = torch.randn(T, D_in, device=self.device, dtype=dtype)
-            W = torch.randn(D_out, D_in, device=self.device, dtype=dtype)
+            x = torch.randn(T, D_in, device=self.device, dtype=self.dtype)
+            W = torch.randn(D_out, D_in, device=self.device, dtype=self.dtype)
             ms = milliseconds(lambda _, x=x, W=W: x @ W.T, range(60), self.device)[10:]
             rates.append(2 * T * D_in * D_out / statistics.median(ms) / 1e9)
         return max(rates)
@@ -146,7 +147,11 @@ class Ours:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.bank = Bank(bench.model())
+        model = bench.model()
+        quantize(model, bench.given.quantize, bench.device)  # layer by layer, each in place of the one it is made of
+        empty(bench.device)
+        self.base_bytes = torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
+        self.bank = Bank(model)
         self.model = PackedModel(self.bank.model, self.bank, "causal")
         self.weights = sum(layer.d_in * layer.d_out for layer in self.bank.layers.values())
         self.compiled = False
@@ -158,6 +163,7 @@ class Ours:
         config = RunConfig(
             model=given.shape, data=lengths, epochs=EPOCHS, batch_size=BATCH, lr=LR, alpha=ALPHA,
             micro_tokens=given.micro_tokens or None, compile=given.compile, cuda_graphs=given.graphs,
+            quantize=given.quantize,
         )  # fmt: skip
         data = made_up_data(
             read_lengths(lengths), bench.vocabulary, train=ROWS[lengths], validation=config.validation_max
@@ -170,7 +176,7 @@ class Ours:
         plan = LookPlan.of(config, data, trainer)
         found: Found = {
             "compile": config.compile, "graphs": config.cuda_graphs, "micro_tokens": config.micro_tokens,
-            "run_steps": trainer.total,
+            "run_steps": trainer.total, "base_bytes": self.base_bytes,
         }  # fmt: skip
         found["wide"] = self.phase(trainer, (WIDE,))
         strategy = make_strategy(config, trainer.total, self.bank, plan.fractions, penalty_of(config, self.bank))
@@ -482,6 +488,7 @@ def main() -> None:
     )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="ours")
     parser.add_argument("--graphs", choices=("auto", "on", "off"), default="auto", help="ours")
+    parser.add_argument("--quantize", choices=("none", "nf4", "fp8"), default="none", help="ours")
     parser.add_argument("--peft-dropout", type=float, default=0.05, help="of (a); LoraConfig's own default is 0")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--steps", type=int, default=10)

@@ -30,28 +30,31 @@ SHAPE = {
 GROUPED = {**SHAPE, "num_key_value_heads": 2, "head_dim": 8}
 
 
-def tiny(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A model of this family with random weights, the same at each call."""
+def tiny(family: str, dtype: torch.dtype = torch.float64, times: int = 1) -> PreTrainedModel:
+    """A model of this family with random weights, the same at each call; so many times as wide."""
     torch.manual_seed(0)
+    widths = {name: times * GROUPED[name] for name in ("hidden_size", "intermediate_size", "head_dim")}
+    grouped = {**GROUPED, **widths}
+    shape = {name: grouped[name] for name in SHAPE}
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     match family:
         case "llama":
-            model = LlamaForCausalLM(LlamaConfig(**GROUPED))
+            model = LlamaForCausalLM(LlamaConfig(**grouped))
         case "qwen3":
-            model = Qwen3ForCausalLM(Qwen3Config(**GROUPED))
+            model = Qwen3ForCausalLM(Qwen3Config(**grouped))
         case "gemma3":
-            model = Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, sliding_window=4))
+            model = Gemma3ForCausalLM(Gemma3TextConfig(**grouped, sliding_window=4))
         case "gpt2":
-            config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+            config = GPT2Config(vocab_size=VOCABULARY, n_embd=32 * times, n_layer=2, n_head=4, n_positions=64,
                                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
             model = GPT2LMHeadModel(config)
         case "llama-classification":
-            model = LlamaForSequenceClassification(LlamaConfig(**GROUPED, num_labels=3))
+            model = LlamaForSequenceClassification(LlamaConfig(**grouped, num_labels=3))
         case "bert-classification":
-            model = BertForSequenceClassification(BertConfig(**SHAPE, **no_dropout, num_labels=3))
+            model = BertForSequenceClassification(BertConfig(**shape, **no_dropout, num_labels=3))
         case "roberta-classification":
             model = RobertaForSequenceClassification(
-                RobertaConfig(**SHAPE, **no_dropout, num_labels=3, pad_token_id=1)
+                RobertaConfig(**shape, **no_dropout, num_labels=3, pad_token_id=1)
             )
         case _:
             raise ValueError(family)

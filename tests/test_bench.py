@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -20,8 +21,10 @@ import yaml
 from commandline import Ran, assert_refused, rankrace
 from rankrace.bench.experiment import Job, read_experiment
 from rankrace.bench.job import perform
+from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, only_gpu
 from rankrace.bench.paired import difference
 from rankrace.bench.record import Record
+from rankrace.bench.store import due
 from rankrace.bench.table import Table, build, t_half_width
 from rankrace.errors import RankraceError
 from rankrace.tasks import find_task
@@ -197,6 +200,143 @@ def test_a_runner_that_is_terminated_saves_its_runs_and_leaves_none(tmp_path: Pa
     assert sorted(out.glob("work/*/step-*")) == reached, "a run goes on without its runner"
 
 
+def test_a_runner_that_is_killed_loses_only_the_runs_in_hand(tmp_path: Path, bert: Path) -> None:
+    """SIGKILL: its processes end by themselves, the folder is not locked, and a run goes on from where it was."""
+    endless = {"max_steps": 100_000, "epochs": 100_000}
+    experiment = written(tmp_path, bert, methods=["base", "full"], tasks=["rte"], common=endless)
+    out = tmp_path / "out"
+    code = (
+        "from pathlib import Path; from rankrace.bench.run import run_experiment;"
+        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots=1, device='cpu', save_s=0.0)"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(out.glob("work/*/step-*"))) > 1)
+    runner.kill()
+    runner.wait()
+
+    def newest() -> list[Path]:
+        time.sleep(0.5)  # some hundred steps
+        return sorted(out.glob("work/*/step-*"))
+
+    wait_for(lambda: newest() == newest())
+    assert [path.stem for path in (out / "runs").iterdir()] == ["rte--base--seed0--lr1"]
+    again = run(experiment, "--methods", "base")
+    assert again.code == 0, again.err
+    assert "0 runs now" in again.out
+
+
+def test_a_process_on_a_gpu_does_one_run_after_another_until_one_fails(tmp_path: Path, bert: Path) -> None:
+    """On a CPU, where nothing of a run is left on a GPU either. An encoder fails on SQuAD."""
+    read = read_experiment(written(tmp_path, bert, methods=["base"], tasks=["rte", "squad2"], seeds=[0, 1]))
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    work = Work(experiment=read, folder=tmp_path / "out", device="cpu", save_s=60.0, sharing=2, threads=1)
+    slot, context = Slot(gpu=0), multiprocessing.get_context("forkserver")
+    processes = []
+    for task, seed in (("rte", 0), ("rte", 1), ("squad2", 0), ("rte", 0)):
+        job = Job(method="base", task=task, seed=seed, scale=1.0, tuning=False)
+        slot.begin(job, work, context)
+        assert slot.process is not None
+        processes.append(slot.process.pid)
+        done: list[Record] = []
+        wait_for(lambda: done.extend(finished(slot, work)) or done)  # noqa: B023
+        assert (done[0]["key"], done[0]["slots"]) == (job.key, 2)
+        assert done[0]["status"] == ("failed" if task == "squad2" else "done")
+    slot.release()
+    assert len(set(processes[:3])) == 1
+    assert processes[3] != processes[0]
+
+
+def test_slots_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [gpus_of(name) for name in ("cpu", "auto", "cuda", "cuda:1")] == [[], [0, 1], [0, 1], [1]]
+    slots = [Slot(gpu=i % 2) for i in range(5)]
+    taken = []
+    for _ in slots:
+        free = free_slot(slots)
+        assert free is not None
+        free.job = JOB
+        taken.append(free.gpu)
+    assert sorted(taken[:2]) == sorted(taken[2:4]) == [0, 1]
+    assert free_slot(slots) is None
+    for slot in slots:
+        slot.job = JOB if slot.gpu == 0 else None
+    next_ = free_slot(slots)
+    assert next_ is not None
+    assert next_.gpu == 1
+
+
+def test_a_process_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    only_gpu(1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
+    only_gpu(1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5f"
+
+
+def test_a_gpu_with_runs_takes_another_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: ((3 if gpu == 0 else 30) * 2**30, 80 * 2**30))
+    slots = [Slot(gpu=0, job=JOB), Slot(gpu=1, job=JOB)]
+    assert [has_room(gpu, 10.0, slots) for gpu in (0, 1)] == [False, True]
+    assert has_room(0, 10.0, slots[1:]), "the first run says itself what is missing"
+    assert has_room(0, 0.0, slots)
+
+
+def test_a_sitting_ends_with_whole_columns(tmp_path: Path, bert: Path) -> None:
+    """Task by task: the tuning, then all methods seed by seed. What waits for its tuning is not held up for."""
+    read = read_experiment(written(tmp_path, bert, methods=["full", "lora-r8"], tasks=["rte", "cola"], seeds=[0, 1],
+                                   tuning={"scales": [1, 2]}))  # fmt: skip
+    tunings = ["full--seed0--lr1--tuning", "full--seed0--lr2--tuning", "lora-r8--seed0--lr1--tuning",
+               "lora-r8--seed0--lr2--tuning"]  # fmt: skip
+    assert [job.key for job in due(read, {})] == [f"{task}--{run}" for task in ("rte", "cola") for run in tunings]
+    losses = {1.0: 0.6, 2.0: 0.5}
+    tuned: dict[str, Record] = {
+        f"rte--{run}": {"status": "done", "scale": scale, "validation_loss": losses[scale]}
+        for run, scale in zip(tunings, (1.0, 2.0, 1.0, 2.0), strict=True)
+    }
+    finals = [
+        "rte--full--seed0--lr2",
+        "rte--lora-r8--seed0--lr2",
+        "rte--full--seed1--lr2",
+        "rte--lora-r8--seed1--lr2",
+    ]
+    assert [job.key for job in due(read, tuned)][:4] == finals
+    del tuned["rte--full--seed0--lr2--tuning"]
+    assert [job.key for job in due(read, tuned)][:3] == ["rte--full--seed0--lr2--tuning", finals[1], finals[3]]
+
+
+def test_records_made_elsewhere_are_merged_by_unpacking(tmp_path: Path, bert: Path) -> None:
+    """Two machines, a half of the grid each: the archive of one into the folder of the other."""
+    experiment = written(tmp_path, bert, methods=["base", "full"], tasks=["rte"])
+    there = tmp_path / "there"
+    rankrace("bench", "run", experiment, "--out", there, "--device", "cpu", "--slots", 0, "--methods", "full")
+    ran = run(experiment, "--slots", 0, "--methods", "base")
+    assert ran.code == 0, ran.err
+    subprocess.run(["tar", "-czf", tmp_path / "records.tgz", "-C", there, "runs"], check=True)
+    subprocess.run(["tar", "-xzf", tmp_path / "records.tgz", "-C", tmp_path / "out"], check=True)
+    assert "0 runs now" in run(experiment, "--slots", 0).out
+    table = rankrace("bench", "table", tmp_path / "out")
+    assert "| base |" in table.out
+    assert "| full |" in table.out
+    index = sqlite3.connect(tmp_path / "out" / "index.sqlite")
+    assert index.execute("select count(*) from runs").fetchone() == (2,)
+    index.close()
+
+
+def test_a_checkpoint_of_other_settings_is_no_use(tmp_path: Path, bert: Path) -> None:
+    """A run was stopped, then the experiment changed: its checkpoint is not one of the new run."""
+    job = Job(method="full", task="rte", seed=0, scale=1.0, tuning=True)
+    out = tmp_path / "out"
+    perform(read_experiment(written(tmp_path, bert, methods=["full"], tasks=["rte"])), job, out, "cpu", slots=3)
+    (out / "runs" / f"{job.key}.json").unlink()
+    other = read_experiment(written(tmp_path, bert, methods=["full"], tasks=["rte"], common={"max_steps": 2}))
+    fresh = perform(other, job, out, "cpu")
+    assert (fresh["resumed_at"], fresh["steps"], fresh["slots"]) == (0, 2, 1)
+    same = perform(other, job, out, "cpu", slots=2)
+    assert (same["resumed_at"], same["slots"]) == (2, 2), "the time is that of a run in company"
+
+
 def wait_for(condition: Any) -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -341,8 +481,9 @@ def made(
 ) -> dict[str, Any]:
     return {
         "key": f"{method}{seed}", "experiment": "grid", "method": method, "task": "rte", "seed": seed, "scale": 1.0,
-        "tuning": False, "status": "done", "error": None, "metrics": {"accuracy": 100 * sum(rows) / len(rows)},
-        "rows": rows, "documents": documents, "parameters": 10, "rank": None, "peak_bytes": 2**30,
+        "tuning": False, "status": "done", "error": None, "validation_loss": 1.0,
+        "metrics": {"accuracy": 100 * sum(rows) / max(1, len(rows))}, "rows": rows, "documents": documents,
+        "parameters": 10, "rank": None, "peak_bytes": 2**30,
         "time": {"train_s": 2.0, "search_s": 0.5}, "baselines": {"empty": {"accuracy": 0.0}}, "slots": 1,
         "hardware": {"device": "cpu"}, "versions": {"torch": "2"}, "commit": "c", "dirty": False,
         "settings": {"model": "m", "test_max": None}, **more,
@@ -404,11 +545,54 @@ def test_the_papers_claims_are_held_against_the_runs() -> None:
     assert "lora-r16 on 0 of 1 tasks (behind: rte -20.0 ± 4.0)" in table_of(runs).claims[0]
 
 
+def took(seconds: float, slots: int) -> dict[str, Any]:
+    return {"slots": slots, "time": {"train_s": seconds, "search_s": 0.0}}
+
+
 def test_times_are_of_runs_that_had_the_machine_to_themselves() -> None:
-    runs = [made("full", 0, RIGHT), made("full", 1, RIGHT, slots=4, time={"train_s": 50.0, "search_s": 0.0})]
-    table = table_of(runs)
+    table = table_of([made("full", 0, RIGHT), made("full", 1, RIGHT, **took(50.0, 4))])
     assert table.rows[0].train_s == 2.0
-    assert any("shared the machine" in note for note in table.notes)
+    assert any("Some runs shared the machine" in note for note in table.notes)
+    table = table_of([made("full", 0, RIGHT, **took(30.0, 4)), made("full", 1, RIGHT, **took(50.0, 4))])
+    assert table.rows[0].train_s == 40.0
+    assert any("no task was timed without others" in note for note in table.notes)
+
+
+def test_times_are_of_tasks_on_which_every_method_ran_alone() -> None:
+    """On MRPC only `full` did: its 2 s there against 90 s in company would compare nothing, nor do the claims."""
+    mrpc = {"task": "mrpc", "metrics": {"f1": 50.0, "accuracy": 50.0}, "baselines": {}}
+    runs = [made(m, 0, RIGHT, **took(t, 1)) for m, t in (("full", 10.0), ("lora-r8", 5.0), ("shrink", 4.0))]
+    runs += [made(m, 0, RIGHT, key=f"{m}mrpc", **mrpc, **took(t, slots))
+             for m, t, slots in (("full", 2.0, 1), ("lora-r8", 90.0, 4), ("shrink", 90.0, 4))]  # fmt: skip
+    table = table_of(runs)
+    assert (table.common, table.timed) == (("mrpc", "rte"), ("rte",))
+    assert {row.method: row.train_s for row in table.rows} == {"full": 10.0, "lora-r8": 5.0, "shrink": 4.0}
+    assert "time 0.80 of lora-r8 (as claimed); time 0.40 of full (as claimed)" in table.claims[0]
+    assert any("Times are sums over rte, parameters means over mrpc, rte." in note for note in table.notes)
+
+
+def test_times_from_a_pass_of_their_own() -> None:
+    runs = {
+        r["key"]: r | {"fingerprint": "f"}
+        for r in (made("full", 0, RIGHT, **took(50.0, 4)), made("full", 1, RIGHT, **took(60.0, 4)))
+    }
+    again = {"full0": runs["full0"] | {**took(7.0, 1), "rows": [], "peak_bytes": 5}}
+    table = build(runs, again)
+    assert (table.rows[0].train_s, table.rows[0].cells["rte"].values) == (7.0, (90.0, 90.0))
+    with pytest.raises(RankraceError, match="no run of the table was done again"):
+        build(runs, {"other": again["full0"]})
+    with pytest.raises(RankraceError, match="full0 was run with other settings"):
+        build(runs, {"full0": again["full0"] | {"fingerprint": "g"}})
+
+
+def test_a_run_at_a_rate_that_is_no_more_the_best_does_not_count() -> None:
+    """The tuning run at 3 had failed, so 1 was taken; done again, it is the best."""
+    runs = [made("full", 0, [0.0] * 100), made("full", 0, RIGHT, key="full0lr3", scale=3.0)]
+    tuned = [made("full", 0, [], key=f"tuning{scale}", scale=scale, tuning=True, validation_loss=loss)
+             | {"metrics": {}} for scale, loss in ((1.0, 0.5), (3.0, 0.4))]  # fmt: skip
+    assert table_of(runs + tuned).rows[0].cells["rte"].values == (90.0,)
+    tuned[1] |= {"status": "failed", "validation_loss": None, "error": "out of memory"}
+    assert table_of(runs + tuned).rows[0].cells["rte"].values == (0.0,)
 
 
 def test_costs_are_of_tasks_that_all_methods_have_run_on() -> None:

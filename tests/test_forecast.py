@@ -135,6 +135,7 @@ def test_plan_of_a_classifier_and_of_nothing(minilm: Path, tmp_path: Path) -> No
 
 def test_what_would_fit() -> None:
     OFF, ON = (RunConfig(model="m", data="d", recompute=recompute) for recompute in ("off", "on"))
+    NF4 = OFF.model_copy(update={"quantize": "nf4"})
 
     class Lengths:
         class train:
@@ -150,4 +151,5 @@ def test_what_would_fit() -> None:
     assert remedy(OFF, memory(14_000), COST, Lengths) == "--micro-tokens 1024"  # type: ignore[arg-type]
     assert remedy(OFF, memory(3000), COST, Lengths) == "--recompute on"  # type: ignore[arg-type]
     assert remedy(ON, memory(3000), COST, Lengths) == "--max-length 160"  # type: ignore[arg-type]
-    assert "smaller model" in remedy(OFF, memory(900), COST, Lengths)  # type: ignore[arg-type]
+    assert "--quantize nf4, a smaller model" in remedy(OFF, memory(900), COST, Lengths)  # type: ignore[arg-type]
+    assert "quantize" not in remedy(NF4, memory(900), COST, Lengths)  # type: ignore[arg-type]

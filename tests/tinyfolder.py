@@ -37,12 +37,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def tiny_llama(folder: Path, tokenizer_of: Path) -> Path:
-    """A LlamaForCausalLM (grouped-query attention) with the tokenizer found in another model's folder."""
+def tiny_llama(folder: Path, tokenizer_of: Path, times: int = 1) -> Path:
+    """A LlamaForCausalLM (grouped-query attention), so many times as wide, with another model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPE,
+        **wider(times),
         vocab_size=len(tokenizer),
         num_key_value_heads=2,
         tie_word_embeddings=True,
@@ -55,11 +55,15 @@ def tiny_llama(folder: Path, tokenizer_of: Path) -> Path:
     return folder
 
 
-def tiny_bert(folder: Path, tokenizer_of: Path, labels: int = 2) -> Path:
+def wider(times: int) -> dict[str, Any]:
+    return {**SHAPE, **{name: times * SHAPE[name] for name in ("hidden_size", "intermediate_size")}}
+
+
+def tiny_bert(folder: Path, tokenizer_of: Path, labels: int = 2, times: int = 1) -> Path:
     """A BertForSequenceClassification with the tokenizer found in another model's folder."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     torch.manual_seed(0)
-    shape = {**SHAPE, "num_labels": labels}
+    shape = {**wider(times), "num_labels": labels}
     config = BertConfig(**shape, vocab_size=len(tokenizer), initializer_range=0.2)
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -24,7 +24,7 @@ from rankrace.select.objective import Point
 from rankrace.session import Session, prepare
 from rankrace.train.model import load_tokenizer, vocabulary_size
 
-NOT_OF_A_SEARCH = {"data", "out", "resume", "save_every", "track", "device", "dtype"}
+NOT_OF_A_SEARCH = {"data", "out", "resume", "save_every", "track", "device", "dtype", "quantize"}
 """Options that mean nothing where model and rows are given as they are."""
 
 
@@ -89,7 +89,7 @@ def search(
         validation: held-out rows; without them a part of `train` is held out.
         price: what a rank costs, in nats of validation loss, in place of the options' penalty.
         options: any field of RunConfig but those of files (data, out, resume, save_every, track) and of loading the
-            model (device, dtype).
+            model (device, dtype, quantize); layers that are in 4 bits already are trained as they are.
 
     Raises:
         RankraceError: faults in the rows or the options.

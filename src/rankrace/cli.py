@@ -270,7 +270,8 @@ def plan(config: RunConfig) -> None:
     def size(count: float) -> str:
         return f"{count / 2**30:8.2f} GiB"
 
-    say("model", f"{f.parameters:,} parameters, {c.dtype} on {c.device}")
+    say("model", f"{f.parameters:,} parameters, {c.dtype} on {c.device}"
+        + ("" if c.quantize == "none" else f", its layers in {c.quantize.upper()}"))  # fmt: skip
     say("candidates", f"{len(f.ranks)} of rank {', '.join(map(str, f.ranks))}")
     say("steps", f"{f.steps:,} of {f.step_tokens:,.0f} tokens, {f.looks} looks")
     say("passes", f"at most {c.micro_tokens:,} tokens; the largest {T:,} × {K}; compile {c.compile}, "
@@ -355,7 +356,7 @@ def bench_run(
     runner: Annotated[str, typer.Option(help="local or ray.")] = "local",
     slots: Annotated[int, typer.Option(min=0, help="Runs at once; 0: one after another in this process.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    memory_gib: Annotated[float, typer.Option(min=0, help="Free GPU memory that a further run wants.")] = 0.0,
+    memory_gib: Annotated[float, typer.Option(min=0, help="Free GPU memory that a further run wants.")] = 6.0,
     stop_after: Annotated[float | None, typer.Option(min=0, help="Minutes after which no run starts.")] = None,
     retry_failed: Annotated[bool, typer.Option(help="Run again what has failed.")] = False,
 ) -> None:
@@ -381,14 +382,17 @@ def listed(given: str | None) -> list[str] | None:
 @bench.command(name="table")
 def bench_table(
     folder: Annotated[Path, typer.Argument(help="The results folder of `bench run`.")],
+    times: Annotated[Path | None, typer.Option(help="Times and memory from the same runs in this folder.")] = None,
 ) -> None:
-    """Write table.md, .tex, .csv, .html and two figures beside the records; print the first."""
+    """Write table.md, .tex, .csv, .html, two figures and index.sqlite beside the records; print the first."""
     from rankrace.bench.render import markdown, write_all
     from rankrace.bench.store import Store
     from rankrace.bench.table import build
 
     store = Store(folder)
-    table = build(store.records())
+    records = store.records()
+    table = build(records, None if times is None else Store(times).records())
+    store.index(records)
     write_all(table, folder)
     out.print(markdown(table), markup=False)
 

@@ -242,7 +242,8 @@ def remedy(config: RunConfig, memory: Memory, cost: PassCost, data: Data) -> str
     tokens = cost.tokens_in(FREE_SHARE * (memory.capacity - rest), padding_of(data))
     longest = int(data.train.lengths.max())
     if memory.looking + rest > memory.capacity or memory.loading > memory.capacity or rest > memory.capacity:
-        return "a smaller model, smaller --ranks, or a device with more memory"
+        lighter = "--quantize nf4, " if config.quantize != "nf4" else ""
+        return f"{lighter}a smaller model, smaller --ranks, or a device with more memory"
     if memory.graphs and memory.peak <= memory.capacity:
         return "--cuda-graphs off"
     if config.recompute == "off" and tokens < longest:

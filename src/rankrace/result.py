@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from rankrace.config import Quantize
 from rankrace.errors import RankraceError
 
 SCHEMA = "rankrace/result/1"
@@ -203,6 +204,8 @@ class Result(_Record):
     """The winner's peak learning rate."""
     trainable_parameters: NonNegativeInt
     base_parameters: NonNegativeInt
+    quantize: Quantize = "none"
+    """How the frozen base was kept; all losses are those on such a base."""
     labels: list[str] = Field(default_factory=list)
     """Class names of a classification task."""
     loss: Loss

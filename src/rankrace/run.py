@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankrace._version import __version__
-from rankrace.bank import adapter_of, lora_config, save_adapter
+from rankrace.bank import adapter_of, check_quantize, lora_config, save_adapter
 from rankrace.config import RunConfig
 from rankrace.data import Data, encode_splits, make_encoder, read_splits
 from rankrace.data.checks import check_encoded
@@ -129,6 +129,8 @@ def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTra
 def load(config: RunConfig, progress: Progress) -> tuple[Data, PreTrainedModel, PreTrainedTokenizerBase, Task]:
     """Data and model, checked; what was found is said."""
     device = chosen_device(config.device)
+    dtype = chosen_dtype(config.dtype, device)
+    check_quantize(config.quantize, device, dtype)
     progress.phase("reading the data")
     task = task_of(config)
     read = read_splits(config)
@@ -137,8 +139,9 @@ def load(config: RunConfig, progress: Progress) -> tuple[Data, PreTrainedModel, 
     for note in data.notes:
         progress.say(note)
     progress.phase("loading the model")
-    dtype = chosen_dtype(config.dtype, device)
-    model = load_model(config.model, task, data.labels, device=device, dtype=dtype, seed=config.seed)
+    model = load_model(
+        config.model, task, data.labels, device=device, dtype=dtype, seed=config.seed, quantize_to=config.quantize
+    )
     for finding in check_encoded(
         data.train,
         data.validation,
@@ -305,6 +308,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
         learning_rate=setting.lr,
         trainable_parameters=bank.trainable_parameters(bank.candidates.ranks_of(0)),
         base_parameters=bank.base_parameters,
+        quantize=config.quantize,
         labels=list(data.labels or ()),
         loss=Loss(base=float(session.base_fresh.mean_K[0]), final=float(final.mean_K[0]), final_se=final_se),
         accuracy=Accuracy(base=float(session.base_fresh.accuracy_K[0]), final=float(final.accuracy_K[0])),

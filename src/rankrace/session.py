@@ -31,6 +31,15 @@ from rankrace.train.recompute import recompute_blocks
 FRESH_LEAST = 10
 """With fewer examples than this in each half, validation is not halved."""
 
+QUANTIZED: dict[str, list[str]] = {
+    kind: [
+        f"Losses are those on the base in {kind.upper()}; on the 16-bit base, where the adapter is meant to be used "
+        "too, they are a little other."
+    ]
+    for kind in ("nf4", "fp8")
+} | {"none": []}
+"""What a reader of the result should know."""
+
 _state = TypeAdapter(SearchState)
 
 
@@ -167,7 +176,7 @@ def prepare(
         search=search,
         fresh=fresh,
         base_fresh=base_fresh,
-        notes=notes,
+        notes=notes + QUANTIZED[config.quantize],
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rankrace.bank.base import is_4bit
 from rankrace.bank.dropout import DropoutKeys, counter_seed
 from rankrace.bank.flat import Flat
 from rankrace.bank.head import BankHead
@@ -374,9 +375,10 @@ class Bank:
 
     @property
     def base_parameters(self) -> int:
-        """Of the model as it came, heads included."""
+        """Of the model as it came, heads included; a packed weight counts as what it stands for."""
         added = {id(p) for p in self.parameters()}
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in added)
+        whole = {id(m.weight): m.in_features * m.out_features for m in self.model.modules() if is_4bit(m)}
+        return sum(whole.get(id(p), p.numel()) for p in self.model.parameters() if id(p) not in added)
 
     @property
     def largest_rank(self) -> int:

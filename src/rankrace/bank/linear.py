@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from rankrace.bank.base import product_of
+from rankrace.bank.base.fp8 import rounded
+from rankrace.bank.base.product import Rounding, per_candidate
 from rankrace.bank.dropout import DropoutKeys, dropped
 
 
@@ -31,6 +34,8 @@ class BankSwitch:
     """Fix the masks of this pass."""
     drop: Callable[[Tensor, Tensor, float], Tensor] = dropped
     """`dropped`, or the same compiled."""
+    rounded: Rounding = rounded
+    """Likewise, of inputs and gradients where the base is in 8 bits."""
 
     @property
     def count(self) -> int:
@@ -48,6 +53,7 @@ class BankLinear(nn.Module):
     def __init__(self, base: nn.Module, index: int, switch: BankSwitch) -> None:
         super().__init__()
         self.base = base
+        self.product = product_of(base, switch)
         self.index = index
         self.d_in, self.d_out = linear_shape(base)
         self.switch = switch
@@ -142,8 +148,9 @@ class _Adapt(torch.autograd.Function):
         ctx.siblings, ctx.active, ctx.K, ctx.p = siblings, s.active, s.count, s.dropout
         h_KTR = torch.bmm(siblings.dropout(per_candidate(x, ctx.K), ctx.p), A.mT)
         ctx.save_for_backward(x, h_KTR, A, *sBs)
+        read = layers[0].product.read(x)
         sides = zip(layers, parts(h_KTR, sBs), sBs, strict=True)
-        ctx.bases, ys = zip(*(product(layer.base, x, h, sB) for layer, h, sB in sides), strict=True)
+        ctx.ways_back, ys = zip(*(layer.product.output(read, h, sB) for layer, h, sB in sides), strict=True)
         return ys
 
     @staticmethod
@@ -166,60 +173,14 @@ class _Adapt(torch.autograd.Function):
         gx_KTD = torch.bmm(gh_KTR, A, out=per_candidate(gx, ctx.K))
         if ctx.p:
             gx_KTD.copy_(siblings.dropout(gx_KTD, ctx.p))
-        for add_base_gradient, g in zip(ctx.bases, gs, strict=True):
-            add_base_gradient(g, gx)
+        for add_input_gradient, g in zip(ctx.ways_back, gs, strict=True):
+            add_input_gradient(g, gx)
         return gx, None, None
-
-
-def per_candidate(x: Tensor, K: int) -> Tensor:
-    """[K, T, D] of activations in any shape that keeps the candidates outermost."""
-    return x.reshape(K, -1, x.shape[-1])
 
 
 def parts(h_KTR: Tensor, sBs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Each sibling's share of [K, T, ΣR], as views."""
     return h_KTR.split([sB.shape[2] for sB in sBs], dim=2)
-
-
-InputGradient = Callable[[Tensor, Tensor], Any]
-"""(g, gx): adds the gradient of base(x) with respect to x to gx."""
-
-
-def product(base: nn.Module, x: Tensor, h_KTR: Tensor, sB_KDR: Tensor) -> tuple[InputGradient, Tensor]:
-    """(the base's way back, base(x) + h sBᵀ), the latter in memory that nobody else reads.
-
-    Plain layers keep nothing for it but their weight. Any other (a quantised one) brings its own autograd.
-    """
-    K, D_out = sB_KDR.shape[:2]
-    if type(base) is nn.Linear or type(base) is Conv1D:
-        W_OD = base.weight if type(base) is nn.Linear else base.weight.T
-
-        def through_weight(g: Tensor, gx: Tensor) -> None:
-            gx.view(-1, W_OD.shape[1]).addmm_(g.reshape(-1, D_out), W_OD)
-
-        if base.bias is not None:  # it rides on a plain product for nothing, on an adding one it does not
-            y = torch.nn.functional.linear(x, W_OD, base.bias)
-            per_candidate(y, K).baddbmm_(h_KTR, sB_KDR.mT)
-            return through_weight, y
-        y = adapter_product(x, h_KTR, sB_KDR)
-        y.view(-1, D_out).addmm_(x.reshape(-1, x.shape[-1]), W_OD.T)
-        return through_weight, y
-    with torch.enable_grad():
-        own_x = x.detach().requires_grad_()
-        own_y = base(own_x)
-
-    def through_graph(g: Tensor, gx: Tensor) -> None:
-        gx.add_(torch.autograd.grad(own_y, own_x, g)[0])
-
-    return through_graph, adapter_product(x, h_KTR, sB_KDR).add_(own_y.detach())
-
-
-def adapter_product(x: Tensor, h_KTR: Tensor, sB_KDR: Tensor) -> Tensor:
-    """h sBᵀ in the shape of base(x); no view of a [K, T, D_out], or compiled code would be made for one K."""
-    K, D_out, _ = sB_KDR.shape
-    y = x.new_empty(*x.shape[:-1], D_out)
-    torch.bmm(h_KTR, sB_KDR.mT, out=y.view(K, -1, D_out))
-    return y
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:

@@ -1,8 +1,12 @@
 """The singular values of a LoRA update, without ever forming the update.
 
-ΔW = s·B A with B [D_out, R], A [R, D_in]. QR of both factors leaves an R×R core:
-B = Q_B R_B, Aᵀ = Q_A R_A, so ΔW = Q_B (s·R_B R_Aᵀ) Q_Aᵀ, and the SVD of the core is that of ΔW.
+ΔW = s·B A with B [D_out, R], A [R, D_in]. An orthonormal basis of either factor's columns leaves an R×R core:
+B = Q_B C_B, Aᵀ = Q_A C_A, so ΔW = Q_B (s·C_B C_Aᵀ) Q_Aᵀ, and the SVD of the core is that of ΔW.
 Cost O((D_in + D_out) R²) instead of O(D_in D_out min(D_in, D_out)).
+
+The bases come from the R×R Gram matrices: one large product for all layers, where a QR goes layer by layer. Squaring
+costs half of float64's digits: what is below 1e-7 of a factor's largest singular value is taken for zero, and the
+factors themselves are float32.
 """
 
 from collections.abc import Mapping
@@ -11,17 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST = 1e-7
+"""Of a factor's largest singular value: what float64 can still tell from zero after squaring."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
     """ΔW = U diag(S) Vᵀ, singular values in descending order."""
 
     U_DR: Tensor
-    """[D_out, R], orthonormal columns."""
+    """[D_out, R], orthonormal columns (zero where S is)."""
     S_R: Tensor
     """[R]"""
     V_DR: Tensor
-    """[D_in, R], orthonormal columns."""
+    """[D_in, R], orthonormal columns (zero where S is)."""
 
     def truncated(self, rank: int, multiplier: float) -> tuple[Tensor, Tensor]:
         """The best rank-r approximation of ΔW (Eckart-Young) as LoRA factors.
@@ -46,12 +53,23 @@ def spectra(factors: Mapping[str, tuple[Tensor, Tensor]], multiplier: float) -> 
         by_shape.setdefault((A.shape, B.shape), []).append(name)
     found = {}
     for names in by_shape.values():
-        Q_B, R_B = torch.linalg.qr(torch.stack([factors[n][1] for n in names]).double())
-        Q_A, R_A = torch.linalg.qr(torch.stack([factors[n][0].T for n in names]).double())
-        core_NRR = multiplier * R_B @ R_A.mT
-        # On a GPU so small an SVD is slower than on the host.
-        U, S, Vh = (t.to(core_NRR.device) for t in torch.linalg.svd(core_NRR.cpu()))
-        U_NDR, V_NDR = Q_B @ U, Q_A @ Vh.mT
+        B_NDR = torch.stack([factors[n][1] for n in names]).double()
+        A_NDR = torch.stack([factors[n][0].T for n in names]).double()
+        # On a GPU decompositions so small are slower than on the host.
+        (to_B, C_B), (to_A, C_A) = (basis((X.mT @ X).cpu()) for X in (B_NDR, A_NDR))
+        U_NRR, S, Vh_NRR = torch.linalg.svd(multiplier * C_B @ C_A.mT)
+        U_NDR = B_NDR @ (to_B @ U_NRR).to(B_NDR.device)
+        V_NDR = A_NDR @ (to_A @ Vh_NRR.mT).to(A_NDR.device)
+        S = S.to(B_NDR.device)
         for i, name in enumerate(names):
             found[name] = Spectrum(U_DR=U_NDR[i], S_R=S[i], V_DR=V_NDR[i])
     return {name: found[name] for name in factors}
+
+
+def basis(gram_NRR: Tensor) -> tuple[Tensor, Tensor]:
+    """From XᵀX the matrices M and C, [N, R, R], with X = Q C and Q = X M, whose columns are orthonormal or zero."""
+    D_NR, V_NRR = torch.linalg.eigh(gram_NRR)
+    size_NR = D_NR.clamp(min=0).sqrt()
+    size_NR = torch.where(size_NR > LEAST * size_NR[:, -1:], size_NR, 0.0)
+    inverse_NR = torch.where(size_NR > 0, 1 / size_NR, 0.0)
+    return V_NRR * inverse_NR[:, None], size_NR[:, :, None] * V_NRR.mT

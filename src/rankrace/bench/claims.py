@@ -57,9 +57,12 @@ def quality(runs: Sequence[Record], strategy: str) -> str:
 
 
 def cost(runs: Sequence[Record], strategy: str, what: str, reference: str, claimed: float) -> str:
-    """Its share of the reference's cost, and whether that is as claimed."""
-    both = shared(runs, strategy, reference).values()
-    mine, theirs = (sum(mean(runs_of[i], what) for runs_of in both) for i in (0, 1))
+    """Its share of the reference's cost, and whether that is as claimed. Times are of runs alone, if there are."""
+    both = shared(runs, strategy, reference)
+    if what == "time":
+        both = {task: (alone(mine), alone(theirs)) for task, (mine, theirs) in both.items()}
+        both = {task: some for task, some in both.items() if all(some)} or shared(runs, strategy, reference)
+    mine, theirs = (sum(mean(some[i], what) for some in both.values()) for i in (0, 1))
     if not theirs or math.isnan(mine / theirs):
         return ""
     verdict = "as claimed" if mine / theirs <= claimed else f"claimed: {claimed:g}"
@@ -73,11 +76,10 @@ def mean(runs: Sequence[Record], what: str) -> float:
         "time": lambda r: r["time"]["train_s"],
         "memory": lambda r: r["peak_bytes"],
     }
-    values = [read[what](run) for run in (alone(runs) if what == "time" else runs)]
-    known = [value for value in values if value is not None]
+    known = [value for value in map(read[what], runs) if value is not None]
     return float(np.mean(known)) if known else math.nan
 
 
-def alone(runs: Sequence[Record]) -> Sequence[Record]:
-    """Those that had the machine to themselves: their times can be compared. All of them where there is none."""
-    return [run for run in runs if run["slots"] <= 1] or runs
+def alone(runs: Sequence[Record]) -> list[Record]:
+    """Those that had their GPU (or the machine) to themselves: only their times can be compared."""
+    return [run for run in runs if run["slots"] <= 1]

@@ -27,7 +27,8 @@ from rankrace.methods import find_method
 from rankrace.options import checked
 from rankrace.tasks import find_task
 
-SET_HERE = {"model", "data", "out", "task", "validation", "strategy", "lr", "rank_lr", "seed", "device", "resume"}
+SET_HERE = {"model", "data", "out", "task", "validation", "strategy", "lr", "rank_lr", "seed", "device", "resume",
+            "quantize"}  # fmt: skip
 """Options that the experiment itself decides."""
 Positive = Annotated[float, Field(gt=0)]
 
@@ -174,6 +175,12 @@ def settings_of(experiment: Experiment, job: Job) -> dict[str, Any]:
     given = config.model_dump(mode="json", exclude={"out", "device", "resume", "model"}, exclude_defaults=True)
     return {**given, "model": Path(experiment.model).name, "method": job.method, "scale": job.scale,
             "test_max": experiment.test_max, "tuning": job.tuning}  # fmt: skip
+
+
+def training_of(experiment: Experiment, job: Job) -> str:
+    """Equal for runs that share one training: that of the tuning and the one for the table."""
+    settings = settings_of(experiment, job)
+    return fingerprint({name: value for name, value in settings.items() if name not in ("test_max", "tuning")})
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

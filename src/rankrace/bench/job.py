@@ -1,17 +1,17 @@
-"""One run of an experiment: data → method → training → test rows → a record.
-
-python -m rankrace.bench.job REQUEST.json     # as the runners start it: one process a run
-"""
+"""One run of an experiment: data → method → training → test rows → a record."""
 
 import math
 import shutil
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from rankrace.bench.experiment import Experiment, Job, config_of
+from rankrace.bench.experiment import Experiment, Job, config_of, training_of
 from rankrace.bench.record import Record, begun, failed, hardware, write_record
 from rankrace.bench.rows import commonest, documents, read, test_rows
 from rankrace.errors import RankraceError
@@ -39,7 +39,7 @@ def perform(
     """Runs one job to its record and writes it; whatever goes wrong is a record, too.
 
     Args:
-        slots: how many runs share the machine; 0: other runs were in this process before.
+        slots: how many runs share the GPU, or without one the machine; 0: other runs were in this process before.
 
     Raises:
         Stopped: on SIGINT or SIGTERM.
@@ -47,7 +47,7 @@ def perform(
     began = time.perf_counter()
     record = begun(experiment, job, slots)
     try:
-        record |= measured(experiment, job, folder, device, save_s, shared=slots == 0)
+        record |= measured(experiment, job, folder, device, save_s, slots)
         bad = [name for name, value in numbers(record) if not math.isfinite(value)]
         if bad:
             raise RankraceError(
@@ -73,12 +73,8 @@ def numbers(record: Record) -> list[tuple[str, float]]:
     return [("the validation loss", record["validation_loss"]), *record["metrics"].items()]
 
 
-def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s: float, *, shared: bool) -> Record:
-    """Everything of the record that the run itself finds out.
-
-    Args:
-        shared: other runs were in this process before, so that its memory is not this run's.
-    """
+def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s: float, slots: int) -> Record:
+    """Everything of the record that the run itself finds out."""
     where = chosen_device(device)
     task, method = find_task(job.task), find_method(job.method)
     config = config_of(experiment, job, folder, str(where))
@@ -99,7 +95,7 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
     running = method.prepare(config.model_copy(update={"lr": lr or None}), data, model, kind)
     preparing_s = time.perf_counter() - began
     checkpoints = folder / "work" / job.training
-    resumed_at, training_s, peak = trained(running, checkpoints, save_s, keep=job.tuning)
+    cost = trained(running, Checkpoints(checkpoints, training_of(experiment, job), save_s), slots, keep=job.tuning)
 
     validation = running.trainer.measure(data.validation.examples)
     found = running.described()
@@ -114,15 +110,18 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
         "parameters": found.parameters,
         "base_parameters": sum(p.numel() for p in model.parameters()) if job.method == "base" else None,
         "time": {
-            "train_s": round(preparing_s + training_s, 3),
+            "train_s": round(preparing_s + cost.seconds, 3),
             "search_s": round(found.search_s, 3),
             "steps_s": round(running.trainer.seconds, 3),
             "loading_s": round(loading_s, 3),
         },
         "steps": running.trainer.step,
-        "resumed_at": resumed_at,
+        "resumed_at": cost.resumed_at,
+        "slots": cost.slots,
+        "notes": running.trainer.notes,
         "tokens": running.trainer.tokens,
-        "peak_bytes": None if shared and where.type == "cpu" else peak,
+        # Other runs were in this process before: its memory is not this run's.
+        "peak_bytes": None if slots == 0 and where.type == "cpu" else cost.peak,
         "data": {
             "train_examples": len(data.train),
             "validation_examples": len(data.validation),
@@ -155,36 +154,69 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
     return result
 
 
-def trained(running: Running, checkpoints: Path, save_s: float, *, keep: bool) -> tuple[int, float, int]:
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a training is kept, and how often."""
+
+    folder: Path
+    training: str
+    """What it is a training of: one of something else in that folder is no use."""
+    save_s: float
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest one; what is left of another training is removed."""
+        found = load_checkpoint(self.folder) if self.folder.exists() else None
+        if found is not None and found[1]["training"] != self.training:
+            shutil.rmtree(self.folder)
+            return None
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of a training, over all sittings."""
+
+    resumed_at: int
+    """The step from which it went on."""
+    seconds: float
+    peak: int
+    """Bytes."""
+    slots: int
+    """The most runs at once that it shared its GPU with, itself counted."""
+
+
+def trained(running: Running, checkpoints: Checkpoints, slots: int, *, keep: bool) -> Cost:
     """Trains to the end, from the newest checkpoint if there is one.
 
     Args:
         keep: save the end, too: the run for the table goes on from that of the tuning.
 
-    Returns:
-        The step from which it went on, and over all sittings the seconds of training and the peak of memory in bytes.
+    Raises:
+        Stopped: on SIGINT or SIGTERM, once saved.
     """
     seconds_before, peak_before = 0.0, 0
-    found = load_checkpoint(checkpoints) if checkpoints.exists() else None
+    found = checkpoints.load()
     if found is not None:
         running.restore(found[0], found[1]["running"])
-        seconds_before, peak_before = found[1]["seconds"], found[1]["peak"]
+        seconds_before, peak_before, slots = found[1]["seconds"], found[1]["peak"], max(slots, found[1]["slots"])
     trainer, began, saving, saved_at = running.trainer, time.perf_counter(), 0.0, time.perf_counter()
     first = trainer.step
     loss_K = None
 
-    def so_far() -> tuple[float, int]:
-        return seconds_before + time.perf_counter() - began - saving, max(peak_before, peak_bytes())
+    def so_far() -> Cost:
+        seconds = seconds_before + time.perf_counter() - began - saving
+        return Cost(resumed_at=first, seconds=seconds, peak=max(peak_before, peak_bytes()), slots=slots)
 
     def save() -> None:
-        seconds, peak = so_far()
-        state = {"running": running.state(), "seconds": seconds, "peak": peak}
-        save_checkpoint(checkpoints, trainer.step, running.tensors(), state)
+        cost = so_far()
+        state = {"running": running.state(), "training": checkpoints.training, "seconds": cost.seconds,
+                 "peak": cost.peak, "slots": cost.slots}  # fmt: skip
+        save_checkpoint(checkpoints.folder, trainer.step, running.tensors(), state)
 
     with Interrupts() as interrupts:
         for losses in running.run():
             loss_K, now = losses, time.perf_counter()
-            if interrupts.asked or now - saved_at >= save_s:
+            if interrupts.asked or now - saved_at >= checkpoints.save_s:
                 save()
                 saved_at = time.perf_counter()
                 saving += saved_at - now
@@ -192,9 +224,9 @@ def trained(running: Running, checkpoints: Path, save_s: float, *, keep: bool) -
                 raise Stopped
     if trainer.bank.device.type == "cuda":
         torch.cuda.synchronize()
-    seconds, peak = so_far()
+    cost = so_far()
     if loss_K is not None:
         alarm_if_diverged(loss_K.tolist(), trainer.step)
         if keep:
             save()
-    return first, seconds, peak
+    return cost

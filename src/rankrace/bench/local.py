@@ -1,16 +1,24 @@
 """Runs the jobs of an experiment on this machine.
 
 slots = 0: one after another in this process, so that nothing is loaded twice.
-slots ≥ 1: each run in a process of its own, so many at once; one that is killed is recorded and the rest goes on.
+slots ≥ 1: so many processes at once, spread evenly over the GPUs. One that is killed is recorded; the rest goes on.
+
+On a GPU a process does one run after another, since its start and the data cost as much as a short training; after a
+failure, or if something is left in the GPU's memory, a fresh one takes its place. On a CPU each run has a process of
+its own, whose peak of memory is then the run's.
 """
 
+import gc
 import json
 import multiprocessing
 import os
+import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerProcess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -24,8 +32,52 @@ from rankrace.interrupt import Interrupted
 POLL_S = 0.2
 STOPPED = 130
 """The exit code of a run that a signal stopped, and that can go on."""
+LEFT_BYTES = 2**26
+"""What may stay in a GPU's memory after a run: the libraries' own workspaces."""
 Next = Callable[[set[str]], list[Job]]
 """Keys of runs in progress → jobs that may start now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What all processes of a sitting have in common."""
+
+    experiment: Experiment
+    folder: Path
+    device: str
+    save_s: float
+    sharing: int
+    """How many runs share a GPU, or the machine."""
+    threads: int
+    """Of each process."""
+
+
+@dataclass(kw_only=True)
+class Slot:
+    """Room for one run at a time."""
+
+    gpu: int | None
+    process: ForkServerProcess | None = None
+    pipe: Connection | None = None
+    job: Job | None = None
+
+    def begin(self, job: Job, work: Work, context: ForkServerContext) -> None:
+        if self.process is None:
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=serve, args=(theirs, work, self.gpu))
+            self.process.start()
+            theirs.close()
+        assert self.pipe is not None
+        self.job = job
+        self.pipe.send(job)
+
+    def release(self) -> None:
+        """Lets an idle process end, and forgets it."""
+        if self.process is not None:
+            assert self.pipe is not None
+            self.pipe.close()
+            self.process.join()
+        self.process = self.pipe = None
 
 
 def run_inline(experiment: Experiment, store: Store, upcoming: Next, device: str, save_s: float) -> Iterator[Record]:
@@ -42,56 +94,90 @@ def run_inline(experiment: Experiment, store: Store, upcoming: Next, device: str
 def run_processes(
     experiment: Experiment, store: Store, upcoming: Next, device: str, save_s: float, slots: int, memory_gib: float
 ) -> Iterator[Record]:
-    """Each in a process of its own, at most `slots` at once; on a GPU only where `memory_gib` are free."""
-    # A server that has all modules loaded, and no GPU in use, forks: a run starts at once.
+    """In processes, at most `slots` runs at once; on a GPU a further one only where `memory_gib` are free."""
+    # A server that has all modules loaded, and no GPU in use, forks: a process starts at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rankrace.bench.job"])
-    working: dict[str, tuple[Job, ForkServerProcess]] = {}
-    folder = store.folder.absolute()
+    gpus = gpus_of(device)
+    places = [Slot(gpu=gpus[i % len(gpus)] if gpus else None) for i in range(slots)]
+    work = Work(
+        experiment=experiment, folder=store.folder.absolute(), device="cuda" if gpus else device, save_s=save_s,
+        sharing=-(-slots // max(1, len(gpus))), threads=max(1, torch.get_num_threads() // slots),
+    )  # fmt: skip
     try:
         while True:
-            for job in upcoming(set(working)):
-                if len(working) >= slots or not has_room(device, memory_gib, bool(working)):
+            for job in upcoming({slot.job.key for slot in places if slot.job}):
+                slot = free_slot(places)
+                if slot is None or not has_room(slot.gpu, memory_gib, places):
                     break
-                log = folder / "logs" / f"{job.key}.log"
-                process = context.Process(target=work, args=(log, experiment, job, folder, device, save_s, slots))
-                process.start()
-                working[job.key] = (job, process)
-            if not working:
+                slot.begin(job, work, context)
+            busy = [slot for slot in places if slot.job]
+            if not busy:
                 return
-            time.sleep(POLL_S)
-            for key, (job, process) in list(working.items()):
-                if process.exitcode is not None:
-                    del working[key]
-                    if process.exitcode != STOPPED:  # it is missing still
-                        yield outcome(experiment, job, folder, process.exitcode, slots)
+            wait([slot.pipe for slot in busy if slot.pipe], POLL_S)
+            for slot in busy:
+                yield from finished(slot, work)
     finally:
-        for _, process in working.values():
-            process.terminate()  # the run saves itself
-        for _, process in working.values():
-            process.join()
+        for slot in places:
+            if slot.process is not None and slot.job is not None:
+                slot.process.terminate()  # the run saves itself
+        for slot in places:
+            slot.release()
 
 
-def work(log: Path, experiment: Experiment, job: Job, folder: Path, device: str, save_s: float, slots: int) -> None:
-    """What the process of a run does; all that it prints goes to the log."""
-    log.parent.mkdir(exist_ok=True)
-    with log.open("ab") as stream:
-        for standard in (1, 2):
-            os.dup2(stream.fileno(), standard)
+def gpus_of(device: str) -> list[int]:
+    """Those that runs may use: all, or the one asked for; none on a CPU."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return []
+    asked = None if device == "auto" else torch.device(device).index
+    return list(range(torch.cuda.device_count())) if asked is None else [asked]
+
+
+def free_slot(slots: Sequence[Slot]) -> Slot | None:
+    """Of those on the GPU with the fewest runs one whose process is there already, if there is one."""
+    running = [slot.gpu for slot in slots if slot.job]
+    free = [slot for slot in slots if slot.job is None]
+    return min(free, key=lambda slot: (running.count(slot.gpu), slot.process is None), default=None)
+
+
+def has_room(gpu: int | None, memory_gib: float, slots: Sequence[Slot]) -> bool:
+    """Whether another run fits on the GPU. The first one starts in any case: it says itself what is missing."""
+    if gpu is None or memory_gib == 0 or not any(slot.job for slot in slots if slot.gpu == gpu):
+        return True
+    free, _ = torch.cuda.mem_get_info(gpu)
+    return free / 2**30 >= memory_gib
+
+
+def finished(slot: Slot, work: Work) -> Iterator[Record]:
+    """The record of the slot's run, if it has ended and was not stopped."""
+    job, process, pipe = slot.job, slot.process, slot.pipe
+    assert job is not None
+    assert process is not None
+    assert pipe is not None
     try:
-        perform(experiment, job, folder, device, save_s, slots)
-    except (Stopped, KeyboardInterrupt):
-        sys.exit(STOPPED)
+        if not pipe.poll():
+            return
+        stays = pipe.recv()
+    except (EOFError, ConnectionError):  # it ended without a word
+        process.join()
+        code = process.exitcode
+        assert code is not None
+        slot.job = None
+        slot.release()
+        if code not in (STOPPED, -signal.SIGTERM):  # a run that was asked to stop is missing still
+            yield record_failure(work.experiment, job, work.folder, how_it_ended(job, code), work.sharing)
+        return
+    slot.job = None
+    if not stays:
+        slot.release()
+    yield json.loads((work.folder / "runs" / f"{job.key}.json").read_text(encoding="utf-8"))
 
 
-def outcome(experiment: Experiment, job: Job, folder: Path, code: int, slots: int) -> Record:
-    """The record that the process wrote, or one that says how it ended without."""
-    if code == 0:
-        return json.loads((folder / "runs" / f"{job.key}.json").read_text(encoding="utf-8"))
+def how_it_ended(job: Job, code: int) -> str:
     how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    if code == -9:
+    if code == -signal.SIGKILL:
         how += " (out of memory?)"
-    return record_failure(experiment, job, folder, f"the run's process was {how}; see logs/{job.key}.log", slots)
+    return f"the run's process was {how}; see logs/{job.key}.log"
 
 
 def record_failure(experiment: Experiment, job: Job, folder: Path, error: str, slots: int) -> Record:
@@ -101,9 +187,54 @@ def record_failure(experiment: Experiment, job: Job, folder: Path, error: str, s
     return record
 
 
-def has_room(device: str, memory_gib: float, others: bool) -> bool:
-    """Whether another run fits on the GPU. The first one starts in any case: it says itself what is missing."""
-    if not others or memory_gib == 0 or device == "cpu" or not torch.cuda.is_available():
-        return True
-    free, _ = torch.cuda.mem_get_info()
-    return free / 2**30 >= memory_gib
+# --- in the process
+
+
+def serve(pipe: Connection, work: Work, gpu: int | None) -> None:
+    """Does the runs that come through the pipe, until it is closed; says after each whether it can do another."""
+    if gpu is not None:
+        only_gpu(gpu)
+    torch.set_num_threads(work.threads)
+    threading.Thread(target=end_with_runner, daemon=True).start()
+    try:
+        while True:
+            job: Job = pipe.recv()
+            log_to(work.folder / "logs" / f"{job.key}.log")
+            record = perform(work.experiment, job, work.folder, work.device, work.save_s, work.sharing)
+            stays = gpu is not None and record["status"] == "done" and is_clean()
+            pipe.send(stays)
+            if not stays:
+                return
+    except EOFError:  # the runner has nothing more to do
+        return
+    except (Stopped, KeyboardInterrupt):
+        sys.exit(STOPPED)
+
+
+def only_gpu(gpu: int) -> None:
+    """This process sees no other one. CUDA reads the variable at its first use, which is still to come."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+
+
+def end_with_runner() -> None:
+    """A run whose runner was killed saves itself and ends: another runner may be at work in the folder soon."""
+    runner = multiprocessing.parent_process()
+    assert runner is not None
+    wait([runner.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def log_to(log: Path) -> None:
+    """All that the process prints from now on goes there."""
+    log.parent.mkdir(exist_ok=True)
+    with log.open("ab") as stream:
+        for standard in (1, 2):
+            os.dup2(stream.fileno(), standard)
+
+
+def is_clean() -> bool:
+    """Whether the GPU's memory is as before the run: else the next one's peak would be wrong."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated() <= LEFT_BYTES

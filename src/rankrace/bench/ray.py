@@ -44,10 +44,11 @@ def run_ray(
     )
     folder = store.folder.absolute()
     working: dict[Any, Job] = {}
+    sharing = 1 if gpu else slots
     try:
         while True:
             for job in upcoming({job.key for job in working.values()})[: slots - len(working)]:
-                working[remote.remote(experiment, job, folder, device, save_s, slots)] = job
+                working[remote.remote(experiment, job, folder, device, save_s, sharing)] = job
             if not working:
                 return
             done, _ = ray.wait(list(working), num_returns=1, timeout=POLL_S)
@@ -58,6 +59,6 @@ def run_ray(
                 yield ray.get(done[0])
             except ray.exceptions.RayError as error:
                 what = f"the run's worker was lost {RETRIES + 1} times: {str(error).splitlines()[0]}"
-                yield record_failure(experiment, job, folder, what, slots)
+                yield record_failure(experiment, job, folder, what, sharing)
     finally:
         ray.shutdown()

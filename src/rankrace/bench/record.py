@@ -26,7 +26,7 @@ def begun(experiment: Experiment, job: Job, slots: int) -> Record:
     """What is known before the run.
 
     Args:
-        slots: how many runs share the machine; 0: one after another in one process.
+        slots: how many runs share the GPU, or without one the machine; 0: one after another in one process.
     """
     settings = settings_of(experiment, job)
     return {

@@ -27,7 +27,7 @@ def run_experiment(
     runner: str = "local",
     slots: int = 1,
     device: str = "auto",
-    memory_gib: float = 0.0,
+    memory_gib: float = 6.0,
     stop_after: float | None = None,
     retry: bool = False,
     save_s: float = SAVE_S,
@@ -38,7 +38,7 @@ def run_experiment(
         model: where the experiment's model lies, if not under its name.
         methods, tasks, seeds: only these of the experiment's.
         slots: runs at once; 0: one after another in this process.
-        memory_gib: free memory of the GPU that a further run beside others wants.
+        memory_gib: free memory of the GPU that a further run beside others wants; 0: do not look.
         stop_after: minutes after which no new run starts.
         retry: run again what has failed.
 

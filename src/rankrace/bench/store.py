@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,9 @@ def flat(record: Record) -> dict[str, Any]:
 def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = False) -> list[Job]:
     """The runs that can start now: what is missing, tuning before the runs that need its outcome.
 
+    Task by task, and in a task seed by seed, so that a sitting that ends early leaves whole columns of the table, or
+    at least all methods with as many seeds.
+
     Args:
         retry: failed runs count as missing.
     """
@@ -117,17 +120,16 @@ def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = Fal
         return record is None or (retry and record["status"] == "failed")
 
     for task in experiment.tasks:
+        tuned: dict[str, float] = {}
         for method in experiment.methods:
             tuning = tuning_jobs(experiment, method, task)
             open_ = [job for job in tuning if wanted(job)]
             missing += open_
-            if open_:
-                continue
-            scale = best_scale(tuning, records)
-            for seed in experiment.seeds:
-                job = Job(method=method, task=task, seed=seed, scale=scale, tuning=False)
-                if wanted(job):
-                    missing.append(job)
+            if not open_:
+                tuned[method] = best_scale(tuning, records)
+        for seed in experiment.seeds:
+            jobs = [Job(method=m, task=task, seed=seed, scale=scale, tuning=False) for m, scale in tuned.items()]
+            missing += [job for job in jobs if wanted(job)]
     return missing
 
 
@@ -141,9 +143,27 @@ def tuning_jobs(experiment: Experiment, method: str, task: str) -> list[Job]:
 
 def best_scale(tuning: list[Job], records: dict[str, Record]) -> float:
     """That of the lowest validation loss; of runs that failed none. 1 where nothing was tuned or nothing worked."""
-    losses = {job.scale: records[job.key]["validation_loss"] for job in tuning}
+    return lowest([records[job.key] for job in tuning])
+
+
+def lowest(tuning: Iterable[Record]) -> float:
+    """The scale of these runs' lowest validation loss; 1 where none has one."""
+    losses = {record["scale"]: record["validation_loss"] for record in tuning}
     finite = {scale: loss for scale, loss in losses.items() if loss is not None}
     return min(finite, key=lambda scale: finite[scale]) if finite else 1.0
+
+
+def outdated(records: dict[str, Record]) -> set[str]:
+    """Runs at a learning rate that is no more the best, since a tuning run that had failed was done again."""
+    tuning: dict[tuple[str, str], list[Record]] = {}
+    for record in records.values():
+        if record["tuning"]:
+            tuning.setdefault((record["method"], record["task"]), []).append(record)
+    best = {both: lowest(runs) for both, runs in tuning.items()}
+    return {
+        key for key, r in records.items()
+        if not r["tuning"] and r["scale"] != best.get((r["method"], r["task"]), r["scale"])
+    }  # fmt: skip
 
 
 def check(experiment: Experiment, records: dict[str, Record]) -> None:

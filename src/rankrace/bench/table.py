@@ -12,6 +12,7 @@ import numpy as np
 from rankrace.bench.claims import alone, claims
 from rankrace.bench.paired import Difference, difference
 from rankrace.bench.record import Record
+from rankrace.bench.store import outdated
 from rankrace.errors import RankraceError
 from rankrace.methods import METHODS
 from rankrace.tasks import TASKS
@@ -48,7 +49,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method over all tasks. Times are sums over `Table.common` of means over seeds."""
+    """One method over all tasks. Times are sums over `Table.timed` of means over seeds."""
 
     method: str
     cells: dict[str, Cell]
@@ -74,6 +75,8 @@ class Table:
     tasks: tuple[str, ...]
     common: tuple[str, ...]
     """The tasks on which every method in the table has run: only there costs can be compared."""
+    timed: tuple[str, ...]
+    """Those of them on which each had its GPU to itself at least once; all of them where there is none such."""
     rows: list[Row]
     baselines: dict[str, dict[str, float]]
     """Constant answers: name → task → the task's first metric."""
@@ -90,12 +93,18 @@ def t_half_width(values: Sequence[float]) -> float:
     return t * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def build(records: dict[str, Record]) -> Table:
+def build(records: dict[str, Record], times: dict[str, Record] | None = None) -> Table:
     """The table of the finished runs.
 
+    Args:
+        times: the same runs, or some of them, done again without others beside them: for the times alone.
+
     Raises:
-        RankraceError: there is none.
+        RankraceError: there is no finished run, or none of them is among `times`.
     """
+    old = outdated(records)
+    records = {key: record for key, record in records.items() if key not in old}
+    records = records if times is None else with_times(records, times)
     runs = [r for r in records.values() if not r["tuning"] and r["status"] == "done"]
     if not runs:
         raise RankraceError(
@@ -108,15 +117,31 @@ def build(records: dict[str, Record]) -> Table:
     cells = {task: cells_of(task, [r for r in runs if r["task"] == task]) for task in tasks}
     measured = [m for m in methods if any(m in cells[task] for task in tasks)]
     common = tuple(task for task in tasks if all(m in cells[task] for m in measured))
-    rows = [row_of(method, tasks, common, cells, records) for method in methods]
+    undisturbed = {(r["method"], r["task"]) for r in alone(runs)}
+    timed = tuple(task for task in common if all((m, task) in undisturbed for m in measured)) or common
+    rows = [row_of(method, tasks, common, timed, cells, records) for method in methods]
     baselines: dict[str, dict[str, float]] = {}
     for record in runs:
         for name, scores in record["baselines"].items():
             baselines.setdefault(name, {})[record["task"]] = scores[TASKS[record["task"]].metrics[0]]
     return Table(
-        model=runs[0]["settings"]["model"], tasks=tasks, common=common, rows=rows, baselines=baselines,
-        claims=claims(runs), notes=notes_of(rows, runs, common),
+        model=runs[0]["settings"]["model"], tasks=tasks, common=common, timed=timed, rows=rows, baselines=baselines,
+        claims=claims(runs), notes=notes_of(rows, runs, common, timed),
     )  # fmt: skip
+
+
+def with_times(records: dict[str, Record], times: dict[str, Record]) -> dict[str, Record]:
+    """The records, those of them that are among `times` with time and memory from there."""
+    again = {key: r for key, r in times.items() if key in records and r["status"] == "done" and not r["tuning"]}
+    different = [key for key, r in again.items() if r["fingerprint"] != records[key]["fingerprint"]]
+    if different or not again:
+        raise RankraceError(
+            f"{different[0]} was run with other settings" if different else "no run of the table was done again",
+            why="its time would be that of something else",
+            fix="copy the tuning's records into the folder of --times, and run the same experiment into it",
+        )
+    costs = ("time", "slots", "peak_bytes")
+    return {key: r | {c: again[key][c] for c in costs} if key in again else r for key, r in records.items()}
 
 
 def cells_of(task: str, runs: list[Record]) -> dict[str, Cell]:
@@ -152,6 +177,7 @@ def row_of(
     method: str,
     tasks: Sequence[str],
     common: Sequence[str],
+    timed: Sequence[str],
     cells: dict[str, dict[str, Cell]],
     records: dict[str, Record],
 ) -> Row:
@@ -163,7 +189,8 @@ def row_of(
 
     def total(name: str) -> float:
         """Σ over tasks of the mean over seeds."""
-        return sum(float(np.mean([r["time"][name] for r in alone(found)])) for found in on.values() if found)
+        found = [alone(on[task]) or on[task] for task in timed]
+        return sum(float(np.mean([r["time"][name] for r in some])) for some in found if some)
 
     glue = [task.name for task in GLUE if task.name in tasks]
     metrics = {
@@ -181,7 +208,7 @@ def row_of(
         ranks=tuple(r["rank"] for r in done if r["rank"] is not None),
         train_s=total("train_s"),
         search_s=total("search_s"),
-        tuning_s=sum(r["time"]["train_s"] for r in tuning if r["task"] in common),
+        tuning_s=sum(r["time"]["train_s"] for r in tuning if r["task"] in timed),
         peak_bytes=max(peaks) if peaks else None,
         at_edge=tuple(task for task in mine if edge(task, done, tuning)),
         failures=tuple(f"{r['key']}: {r['error'].splitlines()[0]}" for r in runs if r["status"] == "failed"),
@@ -194,7 +221,7 @@ def edge(task: str, done: list[Record], tuning: list[Record]) -> bool:
     return bool(scales) and bool(used & {min(scales), max(scales)})
 
 
-def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str]) -> list[str]:
+def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str], timed: Sequence[str]) -> list[str]:
     """What a reader must know, a sentence each."""
     devices = sorted({r["hardware"]["device"] for r in runs})
     commits = sorted({str(r["commit"])[:12] + ("+" if r["dirty"] else "") for r in runs})
@@ -204,7 +231,9 @@ def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str]) -> list
     seeds = {row.method: sorted({s for cell in row.cells.values() for s in cell.seeds}) for row in rows if row.cells}
     most = max(seeds.values(), key=len)
     fewer = [f"{method} {', '.join(map(str, found))}" for method, found in seeds.items() if found != most]
-    shared = sorted({r["method"] for r in runs if r["slots"] > 1 and not r["tuning"]})
+    done = {row.method for row in rows if row.cells}
+    clean = all({r["method"] for r in alone(runs) if r["task"] == task} == done for task in timed)
+    most_slots = max(r["slots"] for r in runs)
     notes = [
         f"Experiment: {', '.join(names)} (`rankrace bench run experiments/{names[0]}.yaml`).",
         f"Seeds {', '.join(map(str, most))}" + (f" (only: {'; '.join(fewer)})" if fewer else "")
@@ -213,13 +242,17 @@ def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str]) -> list
         "over the test rows and the seeds; for F1 of classes and Matthews' correlation the share of right rows).",
         "Test rows: " + ", ".join(f"{task} {count:,}" for task, count in sizes.items()) + ". They chose nothing.",
         "Time: wall clock of preparing and training, the search within it; tuning the learning rate apart. No method "
-        f"stops early. Times are sums, parameters means, over {', '.join(common) or 'no task'}.",
+        f"stops early. Times are sums over {', '.join(timed) or 'no task'}, parameters means over "
+        f"{', '.join(common) or 'no task'}.",
         f"Device: {', '.join(devices)}. Commit: {', '.join(commits)} (+: with local changes). "
         f"Versions: {'; '.join(versions)}.",
     ]  # fmt: skip
-    if shared:
-        notes.append(f"Some runs shared the machine with others; times are of those that did not, if there are: "
-                     f"{', '.join(shared)}.")  # fmt: skip
+    if most_slots > 1 and clean:
+        notes.append("Some runs shared the machine, or a GPU of it, with others. Times are only of runs that had it "
+                     "to themselves; those of the tuning may not have had.")  # fmt: skip
+    elif most_slots > 1:
+        notes.append(f"Up to {most_slots} runs shared the machine, or a GPU of it, and no task was timed without "
+                     "others: times are longer than they need be, and by how much differs.")  # fmt: skip
     edges = [f"{row.method} ({', '.join(row.at_edge)})" for row in rows if row.at_edge]
     if edges:
         notes.append(f"Best learning rate at the edge of those tried: {'; '.join(edges)}.")

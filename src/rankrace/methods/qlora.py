@@ -2,7 +2,7 @@
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rankrace.config import RunConfig
 from rankrace.data import Data
@@ -13,7 +13,7 @@ from rankrace.methods.method import Running
 from rankrace.methods.parameters import Parameters
 from rankrace.methods.peft_lora import shared, trainable, wrapped
 from rankrace.select.learning_rate import default_lr
-from rankrace.train.model import readable
+from rankrace.train.model import load_model
 
 
 class QLora:
@@ -48,25 +48,9 @@ class QLora:
                 why="the encoders that classify are small, and nobody keeps them in 4 bits",
                 fix="leave the method out for this model",
             )
-        four_bits = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        try:
-            return readable(
-                name,
-                lambda: AutoModelForCausalLM.from_pretrained(
-                    name, dtype=dtype, quantization_config=four_bits, device_map={"": device}
-                ),
-            )
-        except ImportError as error:
-            raise RankraceError(
-                f"{self.name} cannot load the base in 4 bits: {error}",
-                why="NF4 comes from the package bitsandbytes",
-                fix="pip install bitsandbytes",
-            ) from error
+        model = load_model(name, task, labels, device=device, dtype=dtype, seed=seed, quantize_to="nf4")
+        model.is_loaded_in_4bit = True  # type: ignore  # as Transformers has it; PEFT asks
+        return model
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
         lora = LoraConfig(

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from transformers import AttentionInterface
 
 from rankrace.bank import Bank
+from rankrace.bank.base.fp8 import rounded
 from rankrace.bank.dropout import dropped
 from rankrace.bank.linear import BankLinear, fix_width, follow
 from rankrace.train import attention
@@ -29,6 +30,7 @@ def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
         AttentionInterface.register(APART, torch.compiler.disable(attention.packed_attention))
         bank.model.set_attn_implementation(APART)
     bank.switch.drop = torch.compile(dropped, dynamic=True, backend=backend)
+    bank.switch.rounded = torch.compile(rounded, dynamic=True, backend=backend)
     for siblings in bank.siblings.values():
         first, *others = siblings.layers
         first.forward = torch.compiler.disable(siblings.lead)  # type: ignore[method-assign]
@@ -44,7 +46,7 @@ def uncompile(bank: Bank) -> None:
     """The eager path again."""
     for module in [*bank.layers.values(), *blocks(bank)]:
         del module.forward
-    bank.switch.drop = dropped
+    bank.switch.drop, bank.switch.rounded = dropped, rounded
     bank.model.set_attn_implementation(attention.NAME)
 
 

@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from rankrace.bank import check_quantize, quantize
+from rankrace.config import Quantize
 from rankrace.data.encoded import NO_LABEL, Encoded, Task
 from rankrace.data.pack import Packed, pack
 from rankrace.errors import RankraceError
@@ -240,8 +242,14 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
+    quantize_to: Quantize = "none",
 ) -> PreTrainedModel:
-    """The base model on its device; a fresh classifier is drawn from the seed."""
+    """The base model on its device; a fresh classifier is drawn from the seed.
+
+    Args:
+        quantize_to: RunConfig.quantize. The device never holds more of the model than what stays, and one layer.
+    """
+    check_quantize(quantize_to, device, dtype)
     torch.manual_seed(seed)
     if task == "causal":
         model = readable(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
@@ -257,6 +265,7 @@ def load_model(
                 label2id={label: i for i, label in enumerate(labels)},
             ),
         )
+    quantize(model, quantize_to, device)
     return model.to(device)
 
 

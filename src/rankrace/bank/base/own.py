@@ -1,0 +1,26 @@
+"""Any other layer: it brings its own autograd."""
+
+import torch
+from torch import Tensor, nn
+
+from rankrace.bank.base.product import InputGradient, adapter_product
+
+
+class OwnProduct:
+    """Keeps from the forward whatever the layer's own backward wants."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+
+    def read(self, x: Tensor) -> Tensor:
+        return x
+
+    def output(self, read: Tensor, h_KTR: Tensor, sB_KDR: Tensor) -> tuple[InputGradient, Tensor]:
+        with torch.enable_grad():
+            x = read.detach().requires_grad_()
+            y = self.base(x)
+
+        def through_graph(g: Tensor, gx: Tensor) -> None:
+            gx.add_(torch.autograd.grad(y, x, g)[0])
+
+        return through_graph, adapter_product(read, h_KTR, sB_KDR).add_(y.detach())
