@@ -284,7 +284,7 @@ def test_out_of_memory_for_real() -> None:
         free_caches()
         trainer = Trainer(model, ROWS, replace(big, graphs=graphs))
         start = model.bank.candidates
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + room) / total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
         try:
             trainer.start(start, [1e-4] * len(RANKS))
             losses = torch.stack([loss_K.clone() for loss_K in trainer.run(12)])
