@@ -117,7 +117,7 @@ def synchronize(config: RunConfig) -> None:
 
 def peak(config: RunConfig) -> int | None:
     """Peak of one run; on a CPU a process has one peak for all its runs, so none is given."""
-    return None if config.device == "cpu" else torch.cuda.max_memory_allocated()
+    return None if config.device == "cpu" else torch.cuda.max_memory_reserved()
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ Random weights, random tokens, examples of one length: time and memory do not de
 whole optimiser steps, one pass each: one candidate of rank 16 and 2,048 tokens in examples of 256, but for what the
 axis changes (candidates have 512 tokens each, and lengths divide 4,096). A pass runs as a CUDA graph where
 `rankrace train` would choose one, and eagerly elsewhere (--compile: with compiled blocks). The peak is all that the
-allocator gave out, weights and optimiser included; on a CPU it is what the tensors of a step take beside them.
+allocator had reserved, weights and optimiser included; on a CPU it is what the tensors of a step take beside them.
 
 The record is written after every point, and one figure an axis beside it. Points for which the budget has no time
 left are named in the record, and so are those that do not fit.
@@ -31,13 +31,24 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from transformers import PreTrainedModel
 
 from benchmarks.lengths import Lengths
-from benchmarks.shapes import SHAPES, empty, forget, made_up, milliseconds, random_model, synchronize, versions
+from benchmarks.shapes import (
+    SHAPES,
+    empty,
+    forget,
+    made_up,
+    milliseconds,
+    peak_bytes,
+    random_model,
+    reset_peak,
+    synchronize,
+    versions,
+)
 from rankrace.bank import Bank
 from rankrace.plan import GPU_OPERATIONS, GRAPHS_WORTH, launch_seconds
 from rankrace.report.canvas import INK, RAMP, WIDE, canvas, to_svg
 from rankrace.train.compiled import compile_blocks
 from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.memory import gauge, held_bytes
+from rankrace.train.memory import gauge
 from rankrace.train.model import PackedModel
 from rankrace.train.passes import Graphs
 from rankrace.train.recompute import recompute_blocks
@@ -126,7 +137,7 @@ class Bench:
             weight_decay=0.0, clip=1.0, seed=0, graphs=self.graphs(point.shape, K * T),
         )  # fmt: skip
         bank.start([1], [1.0])  # in place of what the last point trained
-        weights = held_bytes(self.device) if self.device.type == "cuda" else 0
+        reset_peak(self.device)
         with gauge(self.device) as taken:
             trainer = Trainer(model, rows, recipe)
             bank.start([RANK] * K, [1.0] * K)
@@ -138,7 +149,7 @@ class Bench:
             for i in range(self.given.warm):
                 step(i)
             synchronize(self.device)
-            peak = weights + taken.peak
+            peak = peak_bytes(self.device) if self.device.type == "cuda" else taken.peak
         ms = statistics.median(milliseconds(step, range(self.given.steps), self.device))
         if trainer.notes:  # passes became smaller, and that is another measurement
             return {"does_not_fit": trainer.notes[0]}

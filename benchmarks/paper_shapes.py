@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.lengths import ROWS, read_lengths
-from benchmarks.shapes import SHAPES, empty, made_up_data, random_model, reset_peak, synchronize, versions
+from benchmarks.shapes import SHAPES, made_up_data, peak_bytes, random_model, reset_peak, synchronize, versions
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data import Data
@@ -88,7 +88,6 @@ class Measurement:
 
     def with_blocks(self, build: "Build", blocks: int) -> Part | None:
         """None: out of memory."""
-        empty(self.device)  # of the model before, which would count as this one's
         reset_peak(self.device)
         try:
             trainer, parameters = build(self, blocks)
@@ -101,9 +100,8 @@ class Measurement:
                 seconds.append(time.perf_counter() - began)
         except torch.OutOfMemoryError:
             return None
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        return Part(step_s=statistics.median(seconds[self.warm :]), peak_bytes=peak, parameters=parameters,
-                    blocks=f"{blocks}")  # fmt: skip
+        return Part(step_s=statistics.median(seconds[self.warm :]), peak_bytes=peak_bytes(self.device),
+                    parameters=parameters, blocks=f"{blocks}")  # fmt: skip
 
     def look_s(self) -> float:
         """Of one rank on LOOKED examples."""

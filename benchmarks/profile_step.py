@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.lengths import ROWS, read_lengths
-from benchmarks.shapes import SHAPES, made_up, random_model, synchronize
+from benchmarks.shapes import SHAPES, made_up, peak_bytes, random_model, synchronize
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.train.compiled import compile_blocks, uncompile
@@ -32,10 +32,10 @@ from rankrace.train.model import PackedModel
 WAYS = ("eager", "compiled", "graphs", "compiled-graphs")
 
 KINDS = {
+    "compiled (norms, rotary, SwiGLU, residuals)": r"^triton",  # first: their names tell of copies that are fused
     "copies": r"copy|memcpy|CatArray",
     "attention": r"flash|fmha|attn",
     "matrix products": r"gemm|cutlass|nvjet|cublas|splitK|gemv|sm\d+_x",
-    "compiled (norms, rotary, SwiGLU, residuals)": r"^triton",
     "clearing": r"memset|FillFunctor",
     "reductions": r"reduce",
     "other elementwise": r"elementwise|vectorized",
@@ -168,10 +168,10 @@ def main() -> None:
             ms.append((time.perf_counter() - began) * 1e3)
         median = statistics.median(ms)
         KT = len(ranks) * (trainer.tokens - tokens) / options.steps
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
         print(
             f"{way}: {median:.2f} ms a step (from {min(ms):.2f} to {max(ms):.2f}), {KT:.0f} tokens of {len(ranks)} "
-            f"candidates, {4 * weights * KT / (sum(ms) / len(ms)) / 1e9:.1f} TFLOP/s useful, peak {peak:.2f} GiB, "
+            f"candidates, {4 * weights * KT / (sum(ms) / len(ms)) / 1e9:.1f} TFLOP/s useful, "
+            f"peak {peak_bytes(device) / 2**30:.2f} GiB, "
             f"warm-up {warmed:.1f} s, losses {[round(x, 4) for x in loss_K.tolist()]}"
         )
         if options.table:

@@ -86,7 +86,6 @@ def synchronize(device: torch.device) -> None:
 def forget(device: torch.device) -> None:
     """Frees what nobody holds any more, compiled code as well, and starts to look for the peak anew."""
     torch.compiler.reset()
-    empty(device)
     reset_peak(device)
 
 
@@ -103,12 +102,20 @@ def clearings(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
+    """Starts to look for the peak anew; what the allocator keeps from before is no part of it."""
     if device.type == "cuda":
+        empty(device)
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_bytes(device: torch.device) -> int:
-    """0 on a CPU, where a process has one peak for all its parts."""
+    """What torch had reserved, for every method alike, as `rankrace.progress.peak_bytes` has it: graphs' pools are no
+    tensors between replays. 0 on a CPU, where a process has one peak for all its parts."""
+    return torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """The same of tensors alone: less by gaps, by the cache, and by graphs' pools."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 

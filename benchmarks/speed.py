@@ -21,9 +21,9 @@ c       Full fine-tuning as (a) runs, with stateless SGD and no masters, both in
         fit.
 d       Five runs of (a), one after another, is five times (a).
 
-Milliseconds of a step are medians after a warm-up; peaks are those of torch's allocator, warm-up and weights
-included; nothing is recomputed anywhere. Compiling is what the warm-up took longer than its steps would have; a whole
-run has it in full, of every part.
+Milliseconds of a step are medians after a warm-up; peaks are what torch's allocator had reserved, warm-up and weights
+included, and beside them what tensors took at once (allocated_bytes); nothing is recomputed anywhere. Compiling is
+what the warm-up took longer than its steps would have; a whole run has it in full, of every part.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from transformers.utils import logging
 from benchmarks.lengths import ROWS, read_lengths
 from benchmarks.shapes import (
     SHAPES,
+    allocated_bytes,
     clearings,
     empty,
     forget,
@@ -71,7 +72,6 @@ from rankrace.train import attention
 from rankrace.train.compiled import compile_blocks, uncompile
 from rankrace.train.loop import Trainer
 from rankrace.train.model import PackedModel, load_model
-from rankrace.train.passes import Graphs
 
 BATCH, EPOCHS, LR, ALPHA = 32, 3, 1e-4, 16.0
 RANKS, WIDE, FINAL = (2, 4, 8, 16, 32), 64, 8
@@ -124,6 +124,7 @@ class Bench:
             "all_ms": ms,
             "compile_s": max(0.0, warmed - len(warm) * median / 1e3),
             "peak_bytes": peak_bytes(self.device),
+            "allocated_bytes": allocated_bytes(self.device),
         }
 
     def matmul_rate(self) -> float:
@@ -209,8 +210,6 @@ class Ours:
         def step(i: int) -> None:
             trainer.take_step(trainer.batch(i))
 
-        if isinstance(trainer.passes, Graphs):
-            warm += GRAPH_WARM
         trainer.step = 0
         found = self.bench.timed(step, range(steps, steps + warm))
         rows = [row for i in range(steps) for row in trainer.batch(i).micros]
@@ -249,6 +248,7 @@ class Ours:
             "example_s": measuring / len(some) / len(ladder),
             "compile_s": compiling,
             "peak_bytes": peak_bytes(device),
+            "allocated_bytes": allocated_bytes(device),
         }
 
     def run(self, found: Found, fractions: Sequence[float], looked: int, fresh: int, refined: int) -> Found:
@@ -266,10 +266,6 @@ class Ours:
             "looking_s": looking, "compiling_s": self.compile_s, "seconds": training + looking + self.compile_s,
             "peak_bytes": max(found[part]["peak_bytes"] for part in ("wide", "look", "final")),
         }  # fmt: skip
-
-
-GRAPH_WARM = 24
-"""More steps to warm up with CUDA graphs: each size of row runs once eagerly and is then captured."""
 
 
 # --- baselines

@@ -80,6 +80,7 @@ def test_the_largest_pass_that_fits() -> None:
     assert tokens == 500
     assert COST.training(Size(tokens=500, examples=5, longest=100, targets=500), 1) == 5100.0
     assert COST.tokens_in(50.0, 1.5) == 0
+    assert COST.apart.tokens_in(10_200.0, 1.5) == 500, "two forwards beside each other, with logits"
 
 
 SHAPES = ((576, 1536), (2048, 8192), (3072, 8192), (4096, 11008), (5120, 13824))
@@ -105,7 +106,7 @@ def test_wide_models_take_short_passes() -> None:
 
 
 def test_what_python_launches_too_slowly_is_a_graph() -> None:
-    """LLaMA-7B's layers, on a GPU that is not there: passes of SQuAD's lengths are graphs, those of 16,000 tokens not."""
+    """LLaMA-7B's layers, on a GPU that is not there: passes of SQuAD's steps are graphs, of 16,000 tokens not."""
 
     class Layer:
         d_in = d_out = 5380  # the mean of 2.9e7 weights

@@ -1,6 +1,8 @@
 """However a batch is cut into passes, it gives the same losses and the same gradients."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, made_up, size_buckets
+from rankrace.train import passes
 from rankrace.train.loop import Recipe, Trainer
 from rankrace.train.model import PackedModel
-from rankrace.train.passes import Eager
+from rankrace.train.passes import Eager, Graphs
 
 RECIPE = Recipe(
     epochs=1, max_steps=None, batch_size=8, micro_tokens=10_000, schedule="constant", warmup=0.0,
@@ -164,6 +167,49 @@ def test_a_row_padded_to_a_larger_size_gives_the_same(family: str) -> None:
     for a, b in zip(run(row), run(row.padded(size)), strict=True):
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    empty = row.emptied().padded(size)
+    assert empty.size == size
+    assert not any(x.any() for x in run(empty)), "a row that is all made up adds something"
+
+
+class Replayed:
+    """Stands in for a captured pass where there is no GPU: runs what it is given, at the size it was captured for."""
+
+    captured: ClassVar[list[tuple[int, slice]]] = []
+
+    def __init__(self, eager: Eager, row: Packed, active: slice, share: Tensor, pool: object) -> None:
+        self.eager, self.size, self.active = eager, row.size, active
+        self.captured.append((row.size.tokens, active))
+
+    def replay(self, row: Packed, share: Tensor) -> Tensor:
+        assert row.size == self.size
+        return self.eager.run(row, self.active, share)
+
+
+@pytest.mark.parametrize("micro_tokens", [400, 100])
+def test_all_passes_are_captured_before_the_first_one(micro_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side, or one candidate after the other: to the same result, the largest size first, eagerly never."""
+
+    def trained(graphs: bool) -> tuple[Tensor, Trainer]:
+        model, _ = model_of("llama")
+        recipe = replace(RECIPE, epochs=2, micro_tokens=micro_tokens, graphs=graphs)
+        trainer = Trainer(model, examples(40, seed=5), recipe)
+        trainer.start(model.bank.candidates, (1e-2, 1e-2))
+        losses = [loss_K.clone() for loss_K in trainer.run(2)]
+        if graphs:
+            monkeypatch.setattr(Graphs, "prepare", None)
+        return torch.stack([*losses, *trainer.run(trainer.total)]), trainer
+
+    expected, _ = trained(False)
+    monkeypatch.setattr(Replayed, "captured", [])
+    monkeypatch.setattr(passes, "Graph", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    losses, trainer = trained(True)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
+    tokens = [size for size, _ in Replayed.captured]
+    assert tokens == sorted(tokens, reverse=True)
+    assert isinstance(trainer.passes, Graphs)
+    assert len(tokens) == len(trainer.passes.sizes) * (1 if micro_tokens == 400 else 2)
 
 
 def test_every_row_fits_into_a_bucket() -> None:

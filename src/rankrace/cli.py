@@ -282,15 +282,15 @@ def plan(config: RunConfig) -> None:
         (m.candidates, "candidates: factors, gradients, moments"),
         (m.training, "the largest pass: activations, logits"),
         (m.looking, "or a look: truncations, its largest pass"),
-        (m.graphs, "CUDA graphs: the pass again, reserved"),
+        (m.graphs, "CUDA graphs: looks beside their memory"),
     ):
         if part:
             say("", f"{size(part)}  {name}")
     say("peak", size(m.peak).strip())
     if f.remedy is None:
-        say("fits", f"yes: {size(m.wanted).strip()} of {size(m.capacity).strip()}")
+        say("fits", f"yes: {size(m.peak).strip()} of {size(m.capacity).strip()}")
     else:
-        say("fits", f"no: {size(m.wanted).strip()} of {size(m.capacity).strip()}; what would: {f.remedy}")
+        say("fits", f"no: {size(m.peak).strip()} of {size(m.capacity).strip()}; what would: {f.remedy}")
     if f.seconds is not None:
         say("step", f"{f.seconds.step:.2f} s")
         say("time", f"{clock(f.seconds.whole)}, {clock(f.seconds.looks)} of it for looks")

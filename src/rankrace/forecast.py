@@ -60,22 +60,19 @@ class Memory:
     loading: int
     """The peak until the model stood there."""
     graphs: int
-    """A second copy of `training`: the memory of CUDA graphs is kept from eager passes. Reserved, not allocated."""
+    """The smaller of `training` and `looking`: the memory of CUDA graphs is kept from passes that measure."""
     capacity: int
     """What there is, for all of it."""
 
     @property
     def peak(self) -> int:
-        """As a finished run reports it."""
-        return max(self.loading, self.base + self.workspace + self.candidates + max(self.training, self.looking))
-
-    @property
-    def wanted(self) -> int:
-        return self.peak + self.graphs
+        """As a finished run reports it, but for what the allocator keeps in its cache."""
+        passes = max(self.training, self.looking) + self.graphs
+        return max(self.loading, self.base + self.workspace + self.candidates + passes)
 
     @property
     def fits(self) -> bool:
-        return self.wanted <= self.capacity
+        return self.peak <= self.capacity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +141,15 @@ def forecast_of(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: 
     # malloc gives little of a probe's memory back: on a host nothing can be read off afterwards.
     workspace = max(0, held_bytes(device) - base - candidates) if device.type == "cuda" else 0
     training, largest = largest_pass(trainer, cost, K)
+    looking = look_bytes(config, trainer, cost, R, data.validation.examples)
     memory = Memory(
         base=base,
         workspace=workspace,
         candidates=candidates,
         training=training,
-        looking=look_bytes(config, trainer, cost, R, data.validation.examples),
+        looking=looking,
         loading=loading,
-        graphs=training if config.cuda_graphs == "on" else 0,
+        graphs=min(training, looking) if config.cuda_graphs == "on" else 0,
         capacity=capacity,
     )
     return Forecast(
@@ -222,7 +220,7 @@ def seconds_per_token(trainer: Trainer[Bank], K: int) -> float:
     device = trainer.bank.device
     examples = [i for row in trainer.batch(0).micros for i in row]
     if device.type == "cuda":
-        micros, times = trainer.batch(0).micros, 3  # a graph is captured at a size's second row
+        micros, times = trainer.batch(0).micros, 3  # libraries set themselves up, graphs are captured
     else:
         # From the middle of the order by length: the step's first examples are its longest.
         examples = examples[len(examples) // 3 :] + examples[: len(examples) // 3]
@@ -244,7 +242,7 @@ def remedy(config: RunConfig, memory: Memory, cost: PassCost, data: Data) -> str
     if memory.looking + rest > memory.capacity or memory.loading > memory.capacity or rest > memory.capacity:
         lighter = "--quantize nf4, " if config.quantize != "nf4" else ""
         return f"{lighter}a smaller model, smaller --ranks, or a device with more memory"
-    if memory.graphs and memory.peak <= memory.capacity:
+    if memory.graphs and memory.peak - memory.graphs <= memory.capacity:
         return "--cuda-graphs off"
     if config.recompute == "off" and tokens < longest:
         return "--recompute on"

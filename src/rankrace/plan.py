@@ -121,7 +121,7 @@ class Fitting:
     plain: int
     """Tokens of a pass that Python launches."""
     with_graphs: int
-    """Of one that runs as a CUDA graph, which keeps its memory beside that of the eager ones."""
+    """Of one that runs as a CUDA graph, which keeps its memory while passes measure."""
     recompute: bool
 
     @staticmethod
@@ -137,13 +137,13 @@ class Fitting:
         recompute, cost = probed(config, data, packed, room)
         shape = shape_of(packed.model)
 
-        def within(room: float, graphs: Switch) -> int:
+        def within(cost: PassCost, graphs: Switch) -> int:
             tokens = cost.tokens_in(room, padding_of(data)) // 512 * 512
             return chosen or max(
                 LEAST_TOKENS, min(worthwhile_tokens(shape, launch_seconds(compiled, graphs)), tokens)
             )
 
-        return Fitting(plain=within(room, "off"), with_graphs=within(room / 2, "on"), recompute=recompute)
+        return Fitting(plain=within(cost, "off"), with_graphs=within(cost.apart, "on"), recompute=recompute)
 
 
 def probed(config: RunConfig, data: Data, packed: PackedModel[Bank], room: float) -> tuple[bool, PassCost]:

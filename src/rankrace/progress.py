@@ -87,8 +87,12 @@ def clock(seconds: float) -> str:
 
 
 def peak_bytes() -> int:
-    """Peak memory so far: of the device where there is one, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
+    """Peak memory so far: of the device where there is one, else of the process.
+
+    On a device it is what torch has reserved, not what tensors took: the pool of a CUDA graph is taken between its
+    replays too, and what the allocator keeps in its cache nobody else can use.
+    """
+    if torch.cuda.is_available() and torch.cuda.max_memory_reserved():
+        return torch.cuda.max_memory_reserved()
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -89,6 +89,7 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
     width = model.config.get_text_config().hidden_size
     lr = job.scale * method.default_lr(width, config)
     if where.type == "cuda":
+        torch.cuda.empty_cache()  # of loading, and of the run before
         torch.cuda.reset_peak_memory_stats(where)
     began = time.perf_counter()
     # A method without a learning rate takes no step; the configuration wants a positive one all the same.

@@ -123,6 +123,12 @@ class Packed:
             token_types_T=None if self.token_types_T is None else longer(self.token_types_T, size.tokens),
         )
 
+    def emptied(self) -> "Packed":
+        """No example at all. What it can be padded to shares nothing with the row but its kind."""
+        none = {name: tensor[:0] for name, tensor in self._tensors().items()}
+        none["cu_seqlens"] = self.cu_seqlens[:1]
+        return replace(self, **none, max_seqlen=0, lengths_N=[], rows_N=[])
+
     def to(self, device: torch.device | str) -> "Packed":
         """The same row with its tensors on the device."""
         moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rankrace.bank import Bank, Candidates, Spectrum, carried
 from rankrace.data.encoded import Encoded
-from rankrace.data.pack import Batch, Packed, Size, epoch_batches, size_buckets, validation_batches
+from rankrace.data.pack import Batch, Size, epoch_batches, size_buckets, validation_batches
 from rankrace.errors import RankraceError
 from rankrace.train.average import Average
 from rankrace.train.memory import free_caches, out_of_memory
@@ -118,7 +118,8 @@ class Trainer(Generic[B]):
         model = self.model
         self.passes = Eager(model)
         if self.recipe.graphs:
-            self.passes = Graphs(model, size_buckets(self.sizes(), GRAPH_SIZES))
+            sizes = size_buckets(self.sizes(), GRAPH_SIZES)
+            self.passes = Graphs(model, sizes, lambda tokens: self.groups(tokens, len(self.lr_K)))
 
     # --- which candidates train
 
@@ -195,15 +196,15 @@ class Trainer(Generic[B]):
         share = torch.tensor(1 / supervised, dtype=self.bank.dtype, device=self.bank.device)
         loss_K = torch.zeros(K, device=self.bank.device, dtype=self.bank.dtype)
         for micro, row in enumerate(rows):
-            for active in self.groups(row, K):
+            for active in self.groups(self.passes.tokens(row), K):
                 self._running = Running(row.size, active.stop - active.start)
                 with self.bank.training(self.step, micro):
                     loss_K[active] += self.passes.run(row, active, share)
         return loss_K
 
-    def groups(self, row: Packed, K: int) -> list[slice]:
-        """Candidates side by side as far as the token budget reaches, the rest one group after another."""
-        size = self.abreast(row.size.tokens, K)
+    def groups(self, tokens: int, K: int) -> list[slice]:
+        """Candidates side by side on a row of so many tokens, as far as the budget reaches, the rest in turn."""
+        size = self.abreast(tokens, K)
         return [slice(k, min(k + size, K)) for k in range(0, K, size)]
 
     def abreast(self, tokens: int, K: int) -> int:
@@ -297,7 +298,7 @@ class Trainer(Generic[B]):
             row = self.model.pack(examples, indices)
             where_S = np.asarray(indices)[row.example_S.cpu().numpy()]
             np.add.at(tokens_N, where_S, 1)
-            for active in self.groups(row, K):
+            for active in self.groups(row.size.tokens, K):
                 self._running = Running(row.size, active.stop - active.start)
                 with self.bank.only(active):
                     token = self.model.losses(row)

@@ -155,6 +155,9 @@ class Plane:
     def at(self, size: Size) -> float:
         return self.fixed + self.token * size.tokens + self.cell * cells(size)
 
+    def plus(self, other: "Plane") -> "Plane":
+        return Plane(fixed=self.fixed + other.fixed, token=self.token + other.token, cell=self.cell + other.cell)
+
     @staticmethod
     def through(sizes: Sequence[Size], figures: Sequence[float]) -> "Plane":
         """Three points that do not lie on one line."""
@@ -198,6 +201,12 @@ class PassCost:
 
     def logits(self, size: Size, K: int) -> float:
         return self.target * min(K * size.targets, self.chunk)
+
+    @property
+    def apart(self) -> "PassCost":
+        """Of a pass whose memory a CUDA graph keeps: one as long that measures has to fit beside it."""
+        look = self.measuring.plus(Plane(fixed=self.target * self.chunk, token=0.0, cell=0.0))
+        return replace(self, kept=self.kept.plus(look), backward=self.backward.plus(look))
 
     def tokens_in(self, room: float, padding: float) -> int:
         """Tokens of the largest pass that fits into so many bytes, whatever its targets.

@@ -3,9 +3,13 @@
 A pass over short texts is some thousands of small kernels, and launching them from Python takes several times
 longer than running them. A CUDA graph launches them all at once. It wants fixed sizes: rows are padded to one of a
 few, and each candidate group has graphs of its own.
+
+Memory: torch keeps what a graph uses (its pool) from everything else. So no eager pass runs beside the graphs: first
+all sizes run once eagerly, then that memory is given back, then all are captured into one pool. The larger goes first
+each time, and the smaller finds its place in what the larger has left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from rankrace.bank.flat import Flat
 from rankrace.data.pack import Packed, Size
+from rankrace.train.memory import free_caches
 from rankrace.train.model import PackedModel
 
 
@@ -21,6 +26,10 @@ class Eager:
 
     def __init__(self, model: PackedModel) -> None:
         self.model = model
+
+    def tokens(self, row: Packed) -> int:
+        """Of the pass that this row makes, for one candidate."""
+        return row.size.tokens
 
     def run(self, row: Packed, active: slice, share: Tensor) -> Tensor:
         """Adds the gradients of `share`·Σ loss to those of the active candidates.
@@ -37,42 +46,60 @@ class Eager:
 class Graphs:
     """Args:
     sizes: what rows may be padded to, smallest first; a row that fits into none runs eagerly.
+    groups: the candidates that run side by side, group by group, by the tokens of a row.
     """
 
-    def __init__(self, model: PackedModel, sizes: Sequence[Size]) -> None:
-        self.model, self.sizes = model, sizes
+    def __init__(self, model: PackedModel, sizes: Sequence[Size], groups: Callable[[int], Sequence[slice]]) -> None:
+        self.model, self.sizes, self.groups = model, sizes, groups
         self.eager = Eager(model)
-        self.pool: Any = None
         self.gradients: Flat | None = None
-        self.warm: set[tuple[int, int, int]] = set()
         self.graphs: dict[tuple[int, int, int], Graph] = {}
+
+    def size_of(self, row: Packed) -> int | None:
+        """Which size the row is padded to."""
+        return next((i for i, size in enumerate(self.sizes) if size.holds(row.size)), None)
+
+    def tokens(self, row: Packed) -> int:
+        """As `Eager.tokens`, padding included."""
+        index = self.size_of(row)
+        return row.size.tokens if index is None else self.sizes[index].tokens
 
     def run(self, row: Packed, active: slice, share: Tensor) -> Tensor:
         """As `Eager.run`."""
         bank = self.model.bank
         if self.gradients is not bank.gradients:  # a graph knows its tensors by their addresses
-            self.graphs.clear()
-            self.warm.clear()
-            self.pool = torch.cuda.graph_pool_handle()  # the old one ended with its last graph
-            self.gradients = bank.gradients
-        index = next((i for i, size in enumerate(self.sizes) if size.holds(row.size)), None)
+            self.prepare(row, share)
+        index = self.size_of(row)
         if index is None:
             return self.eager.run(row, active, share)
-        row = row.padded(self.sizes[index])
-        key = (index, active.start, active.stop)
-        if key not in self.warm:
-            # The first row of a size runs eagerly: libraries and compilers set themselves up, out of any graph.
-            self.warm.add(key)
-            return self.eager.run(row, active, share)
-        if key not in self.graphs:
-            self.graphs[key] = Graph(self.eager, row, active, share, self.pool)
-        return self.graphs[key].replay(row, share)
+        return self.graphs[index, active.start, active.stop].replay(row.padded(self.sizes[index]), share)
+
+    def prepare(self, row: Packed, share: Tensor) -> None:
+        """Captures all passes there will be with these candidates. Nothing may have been added to their gradients."""
+        self.graphs.clear()
+        free_caches()  # their memory
+        gradients = self.model.bank.gradients
+        empty = row.emptied()
+        passes = [
+            (index, empty.padded(size), active)
+            for index, size in reversed(list(enumerate(self.sizes)))
+            for active in self.groups(size.tokens)
+        ]
+        # Libraries and compilers set themselves up, out of any graph: alike for as many candidates of one size.
+        for made_up, active in {(i, active.stop - active.start): (row, active) for i, row, active in passes}.values():
+            self.eager.run(made_up, active, share)
+        gradients.all_KP.zero_()  # a candidate that has diverged adds NaN even here
+        pool = torch.cuda.graph_pool_handle()
+        for index, made_up, active in passes:
+            self.graphs[index, active.start, active.stop] = Graph(self.eager, made_up, active, share, pool)
+        self.gradients = gradients
 
 
 class Graph:
     """One captured pass, and the tensors through which rows go in and losses come out."""
 
     def __init__(self, eager: Eager, row: Packed, active: slice, share: Tensor, pool: Any) -> None:
+        # The capture begins with giving back all memory that nobody uses, that of the eager passes too.
         self.row = row.to(share.device)
         self.share = share.clone()
         self.graph = torch.cuda.CUDAGraph()
