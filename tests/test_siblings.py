@@ -15,7 +15,8 @@ from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank, Candidates
 from rankrace.bank.attach import Loaded
 from rankrace.bank.dropout import DropoutKeys, dropped
-from rankrace.bank.linear import BankLinear, BankSwitch, Siblings, follow
+from rankrace.bank.linear import BankLinear, BankSwitch, Siblings
+from rankrace.bank.opaque import Opaque, can_be_opaque
 from rankrace.data.encoded import Encoded
 from rankrace.train.model import PackedModel
 from rankrace.train.passes import Eager
@@ -146,17 +147,43 @@ def test_siblings_called_with_other_tensors_or_not_at_all() -> None:
     assert kept.shape == (2, 3, D_OUTS[0])
 
 
-def test_what_hangs_on_an_input_is_taken_or_let_go() -> None:
-    """As compiled code does it."""
-    layers = group(2, 4)
-    x = torch.randn(2, 3, D_IN).double()
-    ours = [layers[0].siblings.lead(x), follow(x), follow(x)]
-    for layer, y in zip(group(2, 4, together=False), ours, strict=True):
-        torch.testing.assert_close(y, layer(x), rtol=0, atol=1e-12)
-    layers[0].siblings.lead(x)
-    layers[0].siblings.forget()
-    with pytest.raises(IndexError):
-        follow(x)
+def test_a_group_as_one_operation() -> None:
+    """As compiled code calls it: the first computes for all, and the gradients are those of the eager way."""
+
+    def run(compiled: bool) -> list[Tensor]:
+        layers = group(2, 4)
+        x = torch.linspace(-1, 1, 6 * D_IN).double().view(1, 6, D_IN).requires_grad_()
+        opaque = Opaque(layers[0].siblings)
+        calls = (opaque.lead, opaque.follow, opaque.follow) if compiled else layers
+        ys = [call(x) for call in calls]
+        assert len(layers[0].siblings.kept) == int(compiled), "until the backward"
+        sum((y.sin()).sum() for y in ys).backward()
+        assert not layers[0].siblings.kept
+        with torch.no_grad():
+            opaque.lead(x)
+        assert not layers[0].siblings.kept, "no backward will come"
+        return [
+            *ys,
+            *(grad for p in (x, *(f for m in layers for f in (m.A_KRD, m.B_KDR))) if (grad := p.grad) is not None),
+        ]
+
+    ours, expected = run(True), run(False)
+    assert len(ours) == 3 + 1 + 6
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_what_no_backward_came_for_is_let_go() -> None:
+    siblings = group(2, 4)[0].siblings
+    Opaque(siblings).lead(torch.randn(1, 6, D_IN).double())
+    assert siblings.kept
+    siblings.forget()
+    assert not siblings.kept
+
+
+def test_a_layer_with_an_autograd_of_its_own_is_no_operation() -> None:
+    assert can_be_opaque(group(2, 3)[0].siblings)
+    assert not can_be_opaque(group(2, 3, [Odd(D_IN, d) for d in D_OUTS])[0].siblings)
 
 
 FOUND = {

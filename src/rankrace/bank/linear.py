@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankrace.bank.base import product_of
 from rankrace.bank.base.fp8 import rounded
-from rankrace.bank.base.product import Rounding, per_candidate
+from rankrace.bank.base.product import InputGradient, Rounding, per_candidate
 from rankrace.bank.dropout import DropoutKeys, dropped
 
 
@@ -69,6 +69,19 @@ class BankLinear(nn.Module):
         return self.siblings.output(self, x)
 
 
+@dataclass(kw_only=True)
+class Kept:
+    """What a group's backward wants beside x."""
+
+    active: slice
+    p: float
+    h_KTR: Tensor
+    """dropout(x) Aᵀ of all siblings."""
+    A_KRD: Tensor
+    sBs: list[Tensor]
+    ways_back: tuple[InputGradient, ...]
+
+
 class Siblings:
     """Layers that read the same tensor, in the order of the bank: the first that is called computes for all.
 
@@ -81,8 +94,53 @@ class Siblings:
         # All siblings' A as one [K, ΣR, D_in] in the compute type, and its gradient: see Bank.install.
         self.compute_A_KRD = torch.empty(0)
         self.A_grad_KRD: Tensor | None = None
-        self._handed: list[Tensor] = []
         self.forget()
+
+    # --- the equations
+
+    def there(self, x: Tensor) -> tuple[list[Tensor], Kept]:
+        """base(x) + s·dropout(x) Aᵀ Bᵀ of each layer, without autograd.
+
+        The adapters' products run per candidate (bmm), never over a concatenation of candidates, where 0·NaN would
+        carry one's divergence into the others. They come first, and the base's large products add themselves to them
+        (β = 1): a pass over memory less than the other way round.
+        """
+        s, layers = self.switch, self.layers
+        A, sBs = self.compute_A_KRD[s.active], [layer.compute_sB_KDR[s.active] for layer in layers]
+        h_KTR = torch.bmm(self.dropout(per_candidate(x, s.count), s.dropout), A.mT)
+        read = layers[0].product.read(x)
+        sides = zip(layers, parts(h_KTR, sBs), sBs, strict=True)
+        ways_back, ys = zip(*(layer.product.output(read, h, sB) for layer, h, sB in sides), strict=True)
+        return list(ys), Kept(active=s.active, p=s.dropout, h_KTR=h_KTR, A_KRD=A, sBs=sBs, ways_back=ways_back)
+
+    def back(self, x: Tensor, kept: Kept, gs: Sequence[Tensor], *, through: bool) -> Tensor | None:
+        """Adds the gradients of the factors to the full-precision ones; returns that of x if it is to go `through`.
+
+        x Aᵀ is there, once for all siblings; dropout is drawn again.
+        """
+        active, h_KTR, sBs = kept.active, kept.h_KTR, kept.sBs
+        K, scale_K = len(h_KTR), self.multiplier_K[active, None, None]
+        assert self.A_grad_KRD is not None
+        gh_KTR = torch.empty_like(h_KTR)
+        sides = zip(self.layers, gs, sBs, parts(h_KTR, sBs), parts(gh_KTR, sBs), strict=True)
+        for layer, g, sB, h, gh in sides:
+            assert layer.B_KDR.grad is not None
+            g_KTD, B_grad = per_candidate(g, K), layer.B_KDR.grad[active]
+            torch.bmm(g_KTD, sB, out=gh)
+            B_grad.addcmul_(torch.bmm(g_KTD.mT, h), scale_K)  # in the wider type of the two
+        x_KTD = per_candidate(x, K)
+        self.A_grad_KRD[active].add_(torch.bmm(gh_KTR.mT, self.dropout(x_KTD, kept.p)))
+        if not through:
+            return None
+        gx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        gx_KTD = torch.bmm(gh_KTR, kept.A_KRD, out=per_candidate(gx, K))
+        if kept.p:
+            gx_KTD.copy_(self.dropout(gx_KTD, kept.p))
+        for add_input_gradient, g in zip(kept.ways_back, gs, strict=True):
+            add_input_gradient(g, gx)
+        return gx
+
+    # --- who asks
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Of all siblings."""
@@ -101,24 +159,16 @@ class Siblings:
             self.forget()
         return y
 
-    def lead(self, x: Tensor) -> Tensor:
-        """Of the first sibling; the others' hang on x, in their order, for compiled code to take: see `follow`."""
-        first, *self._handed = ys = self.outputs(x)
-        for y in ys:
-            fix_width(y)
-        x.adapted = self._handed  # type: ignore[attr-defined]
-        return first
-
     def dropout(self, x_KTD: Tensor, p: float) -> Tensor:
         """Siblings share one mask, as the parts of a fused qkv layer do."""
         return self.switch.drop(x_KTD.detach(), self.switch.keys.of(self.layers[0].index), p) if p else x_KTD
 
     def forget(self) -> None:
-        """Lets go of outputs that nobody has asked for."""
+        """Lets go of outputs that nobody has asked for, and of what a backward wants that never came."""
         self._input: Tensor | None = None
         self._version = 0
         self._ready: dict[BankLinear, Tensor] = {}
-        self._handed.clear()
+        self.kept: list[Kept] = []
 
 
 def fix_width(x: Tensor) -> None:
@@ -127,55 +177,22 @@ def fix_width(x: Tensor) -> None:
         torch._dynamo.mark_static(x, x.dim() - 1)
 
 
-def follow(x: Tensor) -> Tensor:
-    """The output of a sibling that is not the first, out of the graph that it is traced into."""
-    return x.adapted.pop(0)  # type: ignore[attr-defined]
-
-
 class _Adapt(torch.autograd.Function):
-    """base(x) + s·x Aᵀ Bᵀ for all siblings, with its own backward.
-
-    The adapters' products run per candidate (bmm), never over a concatenation of candidates, where 0·NaN would carry
-    one's divergence into the others. They come first, and the base's large products add themselves to them (β = 1):
-    a pass over memory less than the other way round. Saved are x and x Aᵀ, once for all siblings; dropout is drawn
-    again. Gradients of the factors are added to the full-precision ones at once.
-    """
+    """`Siblings.there` and `Siblings.back`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A_KRD: Tensor, siblings: Siblings) -> tuple[Tensor, ...]:
-        s, layers = siblings.switch, siblings.layers
-        A, sBs = siblings.compute_A_KRD[s.active], [layer.compute_sB_KDR[s.active] for layer in layers]
-        ctx.siblings, ctx.active, ctx.K, ctx.p = siblings, s.active, s.count, s.dropout
-        h_KTR = torch.bmm(siblings.dropout(per_candidate(x, ctx.K), ctx.p), A.mT)
-        ctx.save_for_backward(x, h_KTR, A, *sBs)
-        read = layers[0].product.read(x)
-        sides = zip(layers, parts(h_KTR, sBs), sBs, strict=True)
-        ctx.ways_back, ys = zip(*(layer.product.output(read, h, sB) for layer, h, sB in sides), strict=True)
-        return ys
+        ys, kept = siblings.there(x)
+        ctx.save_for_backward(x, kept.h_KTR, kept.A_KRD, *kept.sBs)  # to be watched for changes in place
+        ctx.siblings, ctx.kept = siblings, kept
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        siblings, active = ctx.siblings, ctx.active
-        x, h_KTR, A, *sBs = ctx.saved_tensors
-        scale_K = siblings.multiplier_K[active, None, None]
-        gh_KTR = torch.empty_like(h_KTR)
-        sides = zip(siblings.layers, gs, sBs, parts(h_KTR, sBs), parts(gh_KTR, sBs), strict=True)
-        for layer, g, sB, h, gh in sides:
-            g_KTD, B_grad = per_candidate(g, ctx.K), layer.B_KDR.grad[active]
-            torch.bmm(g_KTD, sB, out=gh)
-            B_grad.addcmul_(torch.bmm(g_KTD.mT, h), scale_K)  # in the wider type of the two
-        x_KTD = per_candidate(x, ctx.K)
-        siblings.A_grad_KRD[active].add_(torch.bmm(gh_KTR.mT, siblings.dropout(x_KTD, ctx.p)))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        gx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        gx_KTD = torch.bmm(gh_KTR, A, out=per_candidate(gx, ctx.K))
-        if ctx.p:
-            gx_KTD.copy_(siblings.dropout(gx_KTD, ctx.p))
-        for add_input_gradient, g in zip(ctx.ways_back, gs, strict=True):
-            add_input_gradient(g, gx)
-        return gx, None, None
+        x, *_ = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # autograd's own are let go of likewise
+        return ctx.siblings.back(x, kept, gs, through=ctx.needs_input_grad[0]), None, None
 
 
 def parts(h_KTR: Tensor, sBs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -16,7 +16,8 @@ from transformers import AttentionInterface
 from rankrace.bank import Bank
 from rankrace.bank.base.fp8 import rounded
 from rankrace.bank.dropout import dropped
-from rankrace.bank.linear import BankLinear, fix_width, follow
+from rankrace.bank.linear import BankLinear, fix_width
+from rankrace.bank.opaque import Opaque, can_be_opaque
 from rankrace.train import attention
 
 APART = "rankrace_packed_apart"
@@ -32,10 +33,15 @@ def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
     bank.switch.drop = torch.compile(dropped, dynamic=True, backend=backend)
     bank.switch.rounded = torch.compile(rounded, dynamic=True, backend=backend)
     for siblings in bank.siblings.values():
-        first, *others = siblings.layers
-        first.forward = torch.compiler.disable(siblings.lead)  # type: ignore[method-assign]
-        for layer in others:
-            layer.forward = follow
+        if can_be_opaque(siblings):
+            group = Opaque(siblings)
+            first, *others = siblings.layers
+            first.forward = group.lead  # type: ignore[method-assign]
+            for layer in others:
+                layer.forward = group.follow  # type: ignore[method-assign]
+        else:
+            for layer in siblings.layers:
+                layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
     all_blocks = blocks(bank)
     for block in all_blocks:
         block.forward = fixed_widths(torch.compile(block.forward, dynamic=True, backend=backend))
