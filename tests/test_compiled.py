@@ -3,6 +3,7 @@
 Traced as always but run by a backend without code generation; that of GPUs is tested in test_gpu.py.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -93,6 +94,28 @@ def test_flash_attention_is_compiled_with_what_surrounds_it(monkeypatch: pytest.
     monkeypatch.setattr(attention, "varlen_attn", flash.varlen_attn)
     monkeypatch.setattr(attention, "has_flash", lambda device, dtype: True)
     compiled_is_eager("llama", "aot_eager", pieces=1)
+
+
+def test_little_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a block gate and up, not what down reads; x, the attention's output and the sum of both, not their norms."""
+    monkeypatch.setattr(attention, "varlen_attn", flash.varlen_attn)
+    monkeypatch.setattr(attention, "has_flash", lambda device, dtype: True)
+    model, run = prepared("llama")
+    expected = run(*CASES[0])
+    compile_blocks(model.bank, "aot_eager_decomp_partition")
+    same(run(*CASES[0]), expected)
+    kept: dict[int, torch.Size] = {}
+    tokens = model.pack(examples(12), CASES[0][0]).size.tokens
+
+    def keep(x: Tensor) -> Tensor:
+        if x.dim() == 3 and x.shape[:2] == (1, 3 * tokens):
+            kept[x.untyped_storage().data_ptr()] = x.shape
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run(*CASES[0])
+    counts = Counter(shape[2] for shape in kept.values())
+    assert (counts[48], counts[32]) == (2 * 2, 2 * 3 + 1), "two blocks, and the last norm's input"
 
 
 def test_the_stand_in_for_flash_attention_is_right(monkeypatch: pytest.MonkeyPatch) -> None:

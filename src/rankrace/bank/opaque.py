@@ -25,7 +25,7 @@ class Opaque:
         self.siblings = siblings
         self.widths = [layer.d_out for layer in siblings.layers]
         # A tensor: numbers would be constants of the code, and every block have its own.
-        self.number = torch.tensor(max(_groups, default=-1) + 1)
+        self.number = torch.tensor(max(_groups, default=-1) + 1, device="cpu")
         _groups[int(self.number)] = self
         self.handed: list[Tensor] = []
 
@@ -44,7 +44,9 @@ def can_be_opaque(siblings: Siblings) -> bool:
     return not any(isinstance(layer.product, OwnProduct) for layer in siblings.layers)
 
 
-@torch.library.custom_op("rankrace::adapted", mutates_args=())
+@torch.library.custom_op(
+    "rankrace::adapted", mutates_args=(), schema="(Tensor x, Tensor number, int[] widths, bool trains) -> Tensor[]"
+)
 def adapted(x: Tensor, number: Tensor, widths: Sequence[int], trains: bool) -> list[Tensor]:
     """The outputs of all siblings. If it `trains`, a backward will come."""
     group = _groups[int(number)]
@@ -56,7 +58,9 @@ def adapted(x: Tensor, number: Tensor, widths: Sequence[int], trains: bool) -> l
     return ys
 
 
-@torch.library.custom_op("rankrace::adapted_backward", mutates_args=())
+@torch.library.custom_op(
+    "rankrace::adapted_backward", mutates_args=(), schema="(Tensor[] gs, Tensor x, Tensor number) -> Tensor"
+)
 def adapted_backward(gs: Sequence[Tensor], x: Tensor, number: Tensor) -> Tensor:
     """The gradient of x. Those of the factors are added to what the bank has, as a side effect."""
     group = _groups[int(number)]

@@ -1,15 +1,19 @@
 """Fuses what lies between a model's matrix products: norms, rotary embeddings, SwiGLU, residuals, dropout.
 
-Each block of the trunk is compiled; the adapted layers stay outside, so that a block falls into a few pieces, one
-more than it has groups of siblings. From q, k and v to the attention and back no copy is left: tokens are outermost
-on the whole way. All blocks share one compilation, and token counts are dynamic.
+Each block of the trunk is compiled into one graph, in which a group of adapted layers is one operation and so is
+flash attention. From q, k and v to the attention and back no copy is left: tokens are outermost on the whole way. All
+blocks share one compilation, and token counts are dynamic.
+
+What the backward can make again by a pass over memory is not kept for it: normalised inputs, silu(gate)·up.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch.utils import _pytree as pytree
 from transformers import AttentionInterface
 
@@ -42,10 +46,22 @@ def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
         else:
             for layer in siblings.layers:
                 layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
-    all_blocks = blocks(bank)
+    all_blocks, compiler = blocks(bank), lean(backend)  # one for all, or none would share what another compiled
     for block in all_blocks:
-        block.forward = fixed_widths(torch.compile(block.forward, dynamic=True, backend=backend))
+        block.forward = fixed_widths(torch.compile(block.forward, dynamic=True, backend=compiler))
     all_blocks[0].forward = with_gradient(all_blocks[0].forward)
+
+
+def lean(name: str) -> Callable[..., Any]:
+    """The backend, but with little kept for the backward."""
+    backend = lookup_backend(name)
+
+    def compile_graph(*args: Any, **kwargs: Any) -> Any:
+        # By default what a product or another whole operation of the backward reads is kept, however cheap it is.
+        with functorch_config.patch(ban_recompute_materialized_backward=False):
+            return backend(*args, **kwargs)
+
+    return compile_graph
 
 
 def uncompile(bank: Bank) -> None:
