@@ -197,7 +197,7 @@ class _Adapt(torch.autograd.Function):
 
 def parts(h_KTR: Tensor, sBs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Each sibling's share of [K, T, ΣR], as views."""
-    return h_KTR.split([sB.shape[2] for sB in sBs], dim=2)
+    return h_KTR.split([sB.shape[2] for sB in sBs], dim=2) if len(sBs) > 1 else (h_KTR,)
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:

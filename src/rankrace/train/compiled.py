@@ -14,7 +14,6 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
-from torch.utils import _pytree as pytree
 from transformers import AttentionInterface
 
 from rankrace.bank import Bank
@@ -76,9 +75,10 @@ def fixed_widths(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Only the number of tokens changes. A width that is no constant costs divisions for every element."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        for x in pytree.tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                fix_width(x)
+        for value in (*args, *kwargs.values()):
+            for x in value if isinstance(value, tuple) else (value,):  # a tuple: rotary embeddings
+                if isinstance(x, Tensor):
+                    fix_width(x)
         return forward(*args, **kwargs)
 
     return run
