@@ -150,15 +150,22 @@ def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_units(given: argparse.Namespace, module: str, run: Callable[[Study], dict[str, Any]]) -> None:
-    """Every unit that is not there yet, into a file of its own."""
+def run_units(
+    given: argparse.Namespace, module: str, run: Callable[[Study], dict[str, Any]], kind: str = "", options: str = ""
+) -> None:
+    """Every unit that is not there yet, into a file of its own.
+
+    Args:
+        kind: the end of the files' names.
+        options: of the study's own, for the command that is kept.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     for unit in given.units.split(","):
         name, seed = unit.split(":")
-        file = given.out / f"{name}-seed{seed}.json"
+        file = given.out / f"{name}-seed{seed}{kind}.json"
         if file.exists():
             continue
         if time.perf_counter() - began > given.stop_after:
@@ -167,7 +174,7 @@ def run_units(given: argparse.Namespace, module: str, run: Callable[[Study], dic
         done = run(study)
         done["command"] = (
             f"python -m {module} --units {unit} --steps {given.steps} --train-max {given.train_max} "
-            f"--warmup {given.warmup:g}"
+            f"--warmup {given.warmup:g}{options}"
         )
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(done) + "\n")
