@@ -213,9 +213,14 @@ def learning_rates(sweeps: Sequence[Sweep]) -> None:
 
 def chance_table(found: dict[str, Chance]) -> None:
     print("### Chance: by how much trainings differ that should be the same\n")
-    heads = ["task", "pairs", "RMS of their differences", "RMS of the paired errors", "chance from run to run"]
-    rows = [[t, str(c.pairs), nats(c.rms), nats(c.se), nats(c.run)] for t, c in sorted(found.items())]
-    table(heads, rows)
+    each = sorted(found.items())
+    rows = [
+        ["pairs", *(str(c.pairs) for _, c in each)],
+        ["RMS of their differences", *(nats(c.rms) for _, c in each)],
+        ["RMS of the paired errors", *(nats(c.se) for _, c in each)],
+        ["chance from run to run", *(nats(c.run) for _, c in each)],
+    ]
+    table(["", *(task for task, _ in each)], rows)
 
 
 def against(run: Adaptive, name: str, other_N: np.ndarray, found: dict[str, Chance]) -> Difference:
