@@ -80,6 +80,7 @@ def chosen(session: Session) -> dict[str, Any]:
         "steps_s": trainer.seconds,
         "looks_s": search.state.look_seconds,
         "lr": search.setting(verdict.pick).lr,
+        "rates": [[x.lr_scale, round(x.loss, 6), round(x.se, 6)] for look in search.state.looks for x in look.rates],
         "micro_tokens": session.config.micro_tokens,
     }
 
