@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from benchmarks.lengths import Lengths
 from benchmarks.shapes import SHAPES, empty, forget, made_up, milliseconds, random_model, synchronize, versions
 from rankrace.bank import Bank
-from rankrace.plan import GPU_OPERATIONS, LAUNCH_SECONDS
+from rankrace.plan import GPU_OPERATIONS, GRAPHS_WORTH, launch_seconds
 from rankrace.report.canvas import INK, RAMP, WIDE, canvas, to_svg
 from rankrace.train.compiled import compile_blocks
 from rankrace.train.loop import Recipe, Trainer
@@ -107,10 +107,12 @@ class Bench:
         return self.loaded[1]
 
     def graphs(self, shape: str, tokens: int) -> bool:
-        """By the measure of `rankrace.plan.launching`: the products of a pass against its launches."""
-        layers = 7 * SHAPES[shape]["num_hidden_layers"]
+        """By the measure of `rankrace.plan.graphs_worth`: the products of a pass against its launches."""
+        launches = (
+            launch_seconds("on" if self.given.compile else "off", "off") * 7 * SHAPES[shape]["num_hidden_layers"]
+        )
         products = 4 * linear_weights(shape) * tokens / GPU_OPERATIONS
-        return self.device.type == "cuda" and products < LAUNCH_SECONDS * layers
+        return self.device.type == "cuda" and launches > GRAPHS_WORTH * products
 
     def measure(self, point: Point) -> dict[str, Any]:
         """Milliseconds of a step, tokens a second, peak bytes."""

@@ -13,7 +13,16 @@ from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data.pack import Size
 from rankrace.forecast import Memory, besides, remedy
-from rankrace.plan import FULL_TOKENS, MOST_TOKENS, LookPlan, candidate_bytes, worthwhile_tokens
+from rankrace.plan import (
+    FULL_TOKENS,
+    MOST_TOKENS,
+    LookPlan,
+    Switch,
+    candidate_bytes,
+    graphs_worth,
+    launch_seconds,
+    worthwhile_tokens,
+)
 from rankrace.train.loop import Recipe, Trainer
 from rankrace.train.memory import Meter, PassCost, Plane, probe
 from rankrace.train.model import PackedModel
@@ -73,20 +82,52 @@ def test_the_largest_pass_that_fits() -> None:
     assert COST.tokens_in(50.0, 1.5) == 0
 
 
+SHAPES = ((576, 1536), (2048, 8192), (3072, 8192), (4096, 11008), (5120, 13824))
+"""Width and inner width: 135M, 1B, 3B, 7B, 13B."""
+
+
 def test_wide_models_take_short_passes() -> None:
     """A pass of a small model is launching; one of a large model is products, and more tokens are only memory."""
 
-    def tokens(hidden: int, inner: int, graphs: bool = False) -> int:
-        return worthwhile_tokens(LlamaConfig(hidden_size=hidden, intermediate_size=inner), graphs=graphs)
+    def tokens(compiled: Switch, graphs: Switch) -> list[int]:
+        launch = launch_seconds(compiled, graphs)
+        return [worthwhile_tokens(LlamaConfig(hidden_size=D, intermediate_size=inner), launch) for D, inner in SHAPES]
 
-    shapes = ((576, 1536), (2048, 8192), (3072, 8192), (4096, 11008), (5120, 13824))
-    eager, launched = [tokens(*s) for s in shapes], [tokens(*s, graphs=True) for s in shapes]
-    assert eager == sorted(eager, reverse=True)
-    assert (eager[0], eager[-2], eager[-1]) == (MOST_TOKENS, FULL_TOKENS, FULL_TOKENS)
-    assert FULL_TOKENS < eager[1] < MOST_TOKENS
-    assert all(a <= b for a, b in zip(launched, eager, strict=True))
-    assert FULL_TOKENS < launched[0] < MOST_TOKENS
-    assert launched[1:] == [FULL_TOKENS] * 4
+    eager, compiled, graph = tokens("off", "off"), tokens("on", "off"), tokens("on", "on")
+    for all_sizes in (eager, compiled, graph):
+        assert all_sizes == sorted(all_sizes, reverse=True)
+    for size in zip(graph, eager, compiled, strict=True):
+        assert list(size) == sorted(size), "what costs more to launch wants longer passes"
+    assert eager[0] == compiled[0] == MOST_TOKENS
+    assert 6000 <= compiled[3] <= 8000, "measured at 7B: from about 6,000 tokens the chip does not wait"
+    assert FULL_TOKENS < graph[0] < MOST_TOKENS
+    assert graph[1:] == [FULL_TOKENS] * 4
+
+
+def test_what_python_launches_too_slowly_is_a_graph() -> None:
+    """LLaMA-7B's layers, on a GPU that is not there: passes of SQuAD's lengths are graphs, those of 16,000 tokens not."""
+
+    class Layer:
+        d_in = d_out = 5380  # the mean of 2.9e7 weights
+
+    class Device:
+        type = "cuda"
+
+    class Layers:
+        device, layers = Device, dict.fromkeys(range(224), Layer)
+
+    class Steps:
+        class train:
+            lengths = torch.tensor([100.0, 300.0]).numpy()
+
+    def graphs(batch_size: int, micro_tokens: int, compiled: Switch) -> Switch:
+        return graphs_worth(Steps, batch_size, Layers, micro_tokens, compiled)  # type: ignore[arg-type]
+
+    assert [graphs(32, 7680, compiled) for compiled in ("off", "on")] == ["on", "on"]
+    assert [graphs(80, 16_384, compiled) for compiled in ("off", "on")] == ["off", "off"]
+    assert graphs(80, 2048, "on") == "on", "it goes by the passes, not by the step"
+    Device.type = "cpu"
+    assert graphs(32, 7680, "on") == "off"
 
 
 def test_plan_of_a_causal_run(smollm2: Path, tmp_path: Path) -> None:

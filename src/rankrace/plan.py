@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,24 +21,27 @@ from rankrace.train.memory import PassCost, free_bytes, free_caches, out_of_memo
 from rankrace.train.model import PackedModel
 from rankrace.train.recompute import recomputing
 
+Switch = Literal["on", "off"]
+
 LOOK_SHARE, FRESH_SHARE = 0.10, 0.05
 """What the looks, and the first and last figures, may cost, as shares of the training's own work."""
 LOOK_ENOUGH = 64
 """Examples that a look measures at least, if there are as many; a short training gets fewer looks instead."""
 GPU_OPERATIONS = 4e14
 """Matrix products a second, in bfloat16, of the usual chip."""
-LAUNCH_SECONDS = 2.5e-4
-"""What launching the kernels of one adapted layer and its surroundings takes from Python, both ways."""
+EAGER_SECONDS, COMPILED_SECONDS, GRAPH_SECONDS = 0.65e-3, 1.1e-3, 0.07e-3
+"""What launching the kernels of one adapted layer and its surroundings takes, both ways: from Python, from compiled
+blocks (which save work of the chip, not of the host), in a CUDA graph. Measured on an H100: docs/performance.md."""
 HOST_TOKENS = 4096
 """Of a pass on a CPU: longer ones are not faster there."""
 LEAST_TOKENS, MOST_TOKENS = 512, 32768
 """Of a pass on a GPU, whatever fits."""
-FULL_TOKENS = 2048
+FULL_TOKENS = 3200
 """Of a pass on a GPU: products of fewer do not keep all of it busy."""
 LAUNCHES_HIDDEN = 2.0
 """The products of a pass take so many times its launches: then the host runs ahead, and the chip never waits."""
-GRAPH_LAUNCHES = 0.2
-"""Of a CUDA graph, against those from Python."""
+GRAPHS_WORTH = 1 / 3
+"""Of the time of its products: a pass that takes more to launch is launched as a CUDA graph."""
 FREE_SHARE = 0.85
 """Of the free memory is planned with: the rest is for gaps between blocks, and for what a probe does not see."""
 REFINEMENTS = 4
@@ -50,41 +54,63 @@ def resolved(config: RunConfig, data: Data, packed: PackedModel[Bank], task: Tas
     """The configuration with every default made explicit."""
     bank, model = packed.bank, packed.model
     width = shape_of(model).hidden_size
-    fitting = Fitting.of(config, data, packed)
-    micro_tokens = config.micro_tokens or fitting.tokens(graphs=False)
-    compile_, graphs = launching(config, data, bank, micro_tokens)
-    if (graphs if config.cuda_graphs == "auto" else config.cuda_graphs) == "on":
-        micro_tokens = config.micro_tokens or fitting.tokens(graphs=True)
+    # In this order, none knows of the next: compiling, the pass that Python launches, graphs, the pass that is taken.
+    compiled = compiling(config, data, bank) if config.compile == "auto" else config.compile
+    fitting = Fitting.of(config, data, packed, compiled)
+    graphs = config.cuda_graphs
+    if graphs == "auto":
+        graphs = graphs_worth(data, config.batch_size, bank, fitting.plain, compiled)
     return config.model_copy(
         update={
             "task": task,
             "lr": config.lr or default_lr(width),
-            "micro_tokens": micro_tokens,
+            "micro_tokens": fitting.with_graphs if graphs == "on" else fitting.plain,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "compile": compile_ if config.compile == "auto" else config.compile,
-            "cuda_graphs": graphs if config.cuda_graphs == "auto" else config.cuda_graphs,
+            "compile": compiled,
+            "cuda_graphs": graphs,
             "recompute": "on" if fitting.recompute else "off",
         }
     )
 
 
-def launching(config: RunConfig, data: Data, bank: Bank, micro_tokens: int) -> tuple[str, str]:
-    """Whether compiling and CUDA graphs are worth their preparation: "on" or "off" each.
+def compiling(config: RunConfig, data: Data, bank: Bank) -> Switch:
+    """Whether compiling is repaid: by the whole training's products, or its launches as one graph a step.
 
-    From the matrix products alone: 4 operations a token and weight, forward and backward.
+    The products are 4 operations a token and weight, forward and backward.
     """
     if bank.device.type != "cuda":
-        return "off", "off"
-    weights = sum(layer.d_in * layer.d_out for layer in bank.layers.values())
-    step_tokens = float(data.train.lengths.mean()) * config.batch_size
-    passes = math.ceil(step_tokens / micro_tokens)
-    products = 4 * weights * step_tokens / passes / GPU_OPERATIONS
-    launches = LAUNCH_SECONDS * len(bank.layers)
+        return "off"
+    products = products_seconds(bank, float(data.train.lengths.mean()) * config.batch_size)
     steps = config.epochs * len(data.train) / config.batch_size
     steps = steps if config.max_steps is None else min(steps, config.max_steps)
-    whole = steps * passes * max(products, GRAPH_LAUNCHES * launches)
-    return "on" if whole > COMPILE_WORTH else "off", "on" if products < launches else "off"
+    return "on" if steps * max(products, GRAPH_SECONDS * len(bank.layers)) > COMPILE_WORTH else "off"
+
+
+def graphs_worth(data: Data, batch_size: int, bank: Bank, micro_tokens: int, compiled: Switch) -> Switch:
+    """Whether launching from Python would take too much of a pass.
+
+    Args:
+        micro_tokens: of the longest pass without graphs. Those with graphs may well be shorter.
+    """
+    if bank.device.type != "cuda":
+        return "off"
+    step_tokens = float(data.train.lengths.mean()) * batch_size
+    products = products_seconds(bank, step_tokens / math.ceil(step_tokens / micro_tokens))
+    launches = launch_seconds(compiled, "off") * len(bank.layers)
+    return "on" if launches > GRAPHS_WORTH * products else "off"
+
+
+def products_seconds(bank: Bank, tokens: float) -> float:
+    """Of all layers' products with the frozen weights, forward and backward."""
+    return 4 * sum(layer.d_in * layer.d_out for layer in bank.layers.values()) * tokens / GPU_OPERATIONS
+
+
+def launch_seconds(compiled: Switch, graphs: Switch) -> float:
+    """Of an adapted layer, in a pass that runs so."""
+    if graphs == "on":
+        return GRAPH_SECONDS
+    return COMPILED_SECONDS if compiled == "on" else EAGER_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +119,13 @@ class Fitting:
     are given, without one."""
 
     plain: int
+    """Tokens of a pass that Python launches."""
     with_graphs: int
-    """A graph keeps the memory of its passes beside that of the eager ones."""
+    """Of one that runs as a CUDA graph, which keeps its memory beside that of the eager ones."""
     recompute: bool
 
-    def tokens(self, *, graphs: bool) -> int:
-        return self.with_graphs if graphs else self.plain
-
     @staticmethod
-    def of(config: RunConfig, data: Data, packed: PackedModel[Bank]) -> "Fitting":
+    def of(config: RunConfig, data: Data, packed: PackedModel[Bank], compiled: Switch) -> "Fitting":
         bank, chosen = packed.bank, config.micro_tokens
         decided = config.recompute != "auto"
         if bank.device.type != "cuda" or (decided and chosen is not None):
@@ -113,13 +137,13 @@ class Fitting:
         recompute, cost = probed(config, data, packed, room)
         shape = shape_of(packed.model)
 
-        def within(room: float, *, graphs: bool) -> int:
-            tokens = cost.tokens_in(room, padding_of(data))
-            return chosen or max(LEAST_TOKENS, min(worthwhile_tokens(shape, graphs=graphs), tokens // 512 * 512))
+        def within(room: float, graphs: Switch) -> int:
+            tokens = cost.tokens_in(room, padding_of(data)) // 512 * 512
+            return chosen or max(
+                LEAST_TOKENS, min(worthwhile_tokens(shape, launch_seconds(compiled, graphs)), tokens)
+            )
 
-        return Fitting(
-            plain=within(room, graphs=False), with_graphs=within(room / 2, graphs=True), recompute=recompute
-        )
+        return Fitting(plain=within(room, "off"), with_graphs=within(room / 2, "on"), recompute=recompute)
 
 
 def probed(config: RunConfig, data: Data, packed: PackedModel[Bank], room: float) -> tuple[bool, PassCost]:
@@ -139,16 +163,18 @@ def probed(config: RunConfig, data: Data, packed: PackedModel[Bank], room: float
         return True, probe(packed, data.train.examples)
 
 
-def worthwhile_tokens(shape: PreTrainedConfig, *, graphs: bool) -> int:
+def worthwhile_tokens(shape: PreTrainedConfig, launch: float) -> int:
     """Of a pass on a GPU: longer ones are hardly faster, and take more memory.
 
     4·D_in·D_out operations a token and layer have to hide the layer's launches. So wide models want few tokens, small
-    ones as many as there are.
+    ones as many as there are; and a CUDA graph fewer than Python.
+
+    Args:
+        launch: seconds of a layer's launches, see `launch_seconds`.
     """
     D = shape.hidden_size
     weights = D * (4 * D + 3 * inner_width(shape)) / 7  # the mean of a block's seven layers, or about that
-    launches = LAUNCH_SECONDS * (GRAPH_LAUNCHES if graphs else 1.0)
-    tokens = LAUNCHES_HIDDEN * launches * GPU_OPERATIONS / (4 * weights)
+    tokens = LAUNCHES_HIDDEN * launch * GPU_OPERATIONS / (4 * weights)
     return min(MOST_TOKENS, max(FULL_TOKENS, -(-int(tokens) // 512) * 512))
 
 
@@ -195,16 +221,16 @@ def padding_of(data: Data) -> float:
     return float(data.train.lengths.max() / data.train.lengths.mean())
 
 
-def default_micro_tokens(model: PreTrainedModel, *, graphs: bool = False) -> int:
-    """Of a pass where nothing is probed: 4096 on a CPU; on a GPU what is worth while, if 60% of the free memory
-    holds it."""
+def default_micro_tokens(model: PreTrainedModel, graphs: Switch = "off") -> int:
+    """Of a pass where nothing is probed or compiled: 4096 on a CPU; on a GPU what is worth while, if 60% of the free
+    memory holds it."""
     if model.device.type != "cuda":
         return HOST_TOKENS
     free, _ = torch.cuda.mem_get_info(model.device)
     shape = shape_of(model)
     values = shape.num_hidden_layers * (16 * shape.hidden_size + 6 * inner_width(shape))
     tokens = int(0.6 * free / (values * model.dtype.itemsize))
-    return max(LEAST_TOKENS, min(worthwhile_tokens(shape, graphs=graphs), tokens // 512 * 512))
+    return max(LEAST_TOKENS, min(worthwhile_tokens(shape, launch_seconds("off", graphs)), tokens // 512 * 512))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,8 @@ class Fixed:
         model = PackedModel(trained.model, trained, task)
         shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
         model.verify(model.pack(data.train.examples, shortest))
-        micro_tokens = config.micro_tokens or default_micro_tokens(trained.model, graphs=config.cuda_graphs == "on")
+        graphs = "on" if config.cuda_graphs == "on" else "off"
+        micro_tokens = config.micro_tokens or default_micro_tokens(trained.model, graphs)
         self.trainer = Trainer(model, data.train.examples, recipe_of(config, micro_tokens))
         self.trainer.begin([config.lr])
         self.trainer.optimizer = optimizer(self.trainer.optimizer, self.trainer)
