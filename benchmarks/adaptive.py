@@ -75,10 +75,12 @@ def chosen(session: Session) -> dict[str, Any]:
         "decision": decision_of(session).model_dump(mode="json"),
         "curve": [[p.rank, round(p.loss, 6), round(p.se, 6), p.source] for p in verdict.points],
         "looked": len(search.examples),
+        "measured": sum(max(len(look.verdict.points), len(look.rates)) for look in search.state.looks),
         "candidate_steps": sum(e.steps for e in search.state.entries) / trainer.total,
         "steps_s": trainer.seconds,
         "looks_s": search.state.look_seconds,
         "lr": search.setting(verdict.pick).lr,
+        "rates": [[x.lr_scale, round(x.loss, 6), round(x.se, 6)] for look in search.state.looks for x in look.rates],
         "micro_tokens": session.config.micro_tokens,
     }
 

@@ -1,6 +1,6 @@
 """What a cut of the rank does to the training that follows, and which part of it is the learning rate.
 
-    python -m benchmarks.after_cut --model SMOLLM2_FOLDER --data DATA --tasks gsm8k,squad2 --seeds 0 --lrs 1,2
+    python -m benchmarks.after_cut --model SMOLLM2_FOLDER --data DATA --units gsm8k:0,squad2:0 --lr-scale 2
 
 One wide candidate trains to CUT of the training. From there all arms train on side by side, on the same batches, and
 are measured on the same held-out examples at each look:
@@ -13,22 +13,21 @@ are measured on the same held-out examples at each look:
 - pooled-r: the singular values of all layers in one pool, the largest kept within the budget of rank r;
   weighted-r: the same, each value weighted by the size of its layer's inputs.
 
-A unit is one JSON file; units that are there already are skipped. Each fresh example's own loss is kept.
+One JSON file a unit and learning rate (benchmarks/study.py).
 
 Shapes: K arms.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.early_looks import ALPHA, Study, arguments, described, ended, run_units
-from rankrace.bank import Candidates, Spectrum, carried
+from benchmarks.study import ALPHA, Study, arguments, described, ended, run_units
+from rankrace.bank import Bank, Candidates, Spectrum, carried
+from rankrace.train.loop import Trainer
 
 WIDE = 64
 CUT = 0.15
@@ -44,23 +43,23 @@ class Arm:
     allocation: Mapping[str, int] | None = None
 
 
-def arms(study: Study, whole: Mapping[str, Spectrum]) -> list[Arm]:
-    model = study.trainer.model
-    weights = study.bank.input_sizes(lambda: model.losses(model.pack(study.trainer.train, range(16))))
+def arms(trainer: Trainer[Bank], whole: Mapping[str, Spectrum]) -> list[Arm]:
+    model, bank = trainer.model, trainer.bank
+    weights = bank.input_sizes(lambda: model.losses(model.pack(trainer.train, range(16))))
     plain = dict.fromkeys(weights, 1.0)
     return [
         Arm(name="balanced", rank=WIDE),
         *(Arm(name=f"cut-{r}", rank=r) for r in (1, 2, 4, 8, 16, 32)),
         *(Arm(name=f"same-{r}", rank=r, rate=(r / WIDE) ** 0.5) for r in (4, 16)),
         Arm(name="fast-4", rank=WIDE, rate=(WIDE / 4) ** 0.5),
-        *(Arm(name=f"pooled-{r}", rank=r, allocation=pooled(study, whole, plain, r)) for r in (4, 16)),
-        Arm(name="weighted-4", rank=4, allocation=pooled(study, whole, weights, 4)),
+        *(Arm(name=f"pooled-{r}", rank=r, allocation=pooled(bank, whole, plain, r)) for r in (4, 16)),
+        Arm(name="weighted-4", rank=4, allocation=pooled(bank, whole, weights, 4)),
     ]
 
 
-def pooled(study: Study, whole: Mapping[str, Spectrum], weights: Mapping[str, float], rank: int) -> dict[str, int]:
+def pooled(bank: Bank, whole: Mapping[str, Spectrum], weights: Mapping[str, float], rank: int) -> dict[str, int]:
     """The largest weight·S² per parameter of all layers, as many as rank `rank` everywhere has parameters."""
-    cost = {n: layer.d_in + layer.d_out for n, layer in study.bank.layers.items()}
+    cost = {n: layer.d_in + layer.d_out for n, layer in bank.layers.items()}
     values = [(weights[n] * s**2 / cost[n], n) for n in whole for s in whole[n].S_R.tolist()]
     left, ranks = rank * sum(cost.values()), dict.fromkeys(whole, 0)
     for _, name in sorted(values, reverse=True):
@@ -71,9 +70,11 @@ def pooled(study: Study, whole: Mapping[str, Spectrum], weights: Mapping[str, fl
     return ranks
 
 
-def cut(study: Study, wide: Candidates, whole: Mapping[str, Spectrum], arm: Arm) -> tuple[Candidates, Any, Any]:
-    """The arm's candidate and its moments, padded to the wide rank."""
-    optimizer = study.trainer.optimizer
+def cut(
+    trainer: Trainer[Bank], wide: Candidates, whole: Mapping[str, Spectrum], arm: Arm
+) -> tuple[Candidates, Any, Any]:
+    """The arm's candidate and its moments."""
+    optimizer = trainer.optimizer
     c = wide.truncations(0, [arm.rank], [ALPHA / arm.rank], whole, [arm.allocation])
     mean, square = carried(wide, 0, whole, c, optimizer.mean.views, optimizer.square.views)
     return c, mean, square
@@ -91,17 +92,17 @@ def stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
 
 
-def run(study: Study) -> dict[str, Any]:
-    began = time.perf_counter()
-    trainer, bank = study.trainer, study.bank
+def run(study: Study, scale: float) -> dict[str, Any]:
+    trainer, lr = study.trainer(), study.lr * scale
+    bank = trainer.bank
     bank.start([WIDE], [ALPHA / WIDE])
-    trainer.start(bank.candidates, [study.lr])
+    trainer.start(bank.candidates, [lr])
     for _ in trainer.run(round(CUT * trainer.total)):
         pass
     wide, optimizer = bank.candidates.keep([0]), trainer.optimizer
     whole = wide.spectra(0)
-    cuts = arms(study, whole)
-    parts = [(wide, optimizer.mean.views, optimizer.square.views), *(cut(study, wide, whole, a) for a in cuts)]
+    cuts = arms(trainer, whole)
+    parts = [(wide, optimizer.mean.views, optimizer.square.views), *(cut(trainer, wide, whole, a) for a in cuts)]
     values, means, squares = zip(*((c.tensors(), m, s) for c, m, s in parts), strict=True)
     like = wide.tensors()
     all_arms = [Arm(name="kept", rank=WIDE), *cuts]
@@ -113,7 +114,7 @@ def run(study: Study) -> dict[str, Any]:
     ).with_tensors(stack([widened(v, like) for v in values]))
     updates = optimizer.updates
     moments = [stack([widened(m, like) for m in each]) for each in (means, squares)]
-    trainer.start(candidates, [study.lr * a.rate for a in all_arms])
+    trainer.start(candidates, [lr * a.rate for a in all_arms])
     trainer.optimizer.resume(*moments, updates=updates)
     looks = []
     for share in LOOKS:
@@ -121,31 +122,32 @@ def run(study: Study) -> dict[str, Any]:
             pass
         direct = described(trainer.measure(study.looked), study.cluster_N)
         looks.append({"share": share, "step": trainer.step, "direct": direct})
+    fresh = trainer.measure(study.fresh)
     return {
-        "task": study.name,
-        "seed": study.config.seed,
-        "lr": study.lr,
-        "lr_scale": study.scale,
-        "alpha": ALPHA,
-        "steps": trainer.total,
+        **study.record(fresh.tokens_N),
+        "lr": lr,
+        "lr_scale": scale,
         "cut_at": CUT,
         "arms": [a.name for a in all_arms],
         "allocations": {a.name: a.allocation for a in cuts if a.allocation is not None},
         "spectra": {n: [round(float(x), 5) for x in s.S_R] for n, s in whole.items()},
         "looks": looks,
-        "fresh": ended(trainer.measure(study.fresh)),
-        "fresh_tokens": [int(n) for n in trainer.measure(study.fresh).tokens_N],
-        "fresh_cluster": [int(e.group) for e in study.fresh],
-        "data_sha256": study.data.sha256,
-        "seconds": time.perf_counter() - began,
-        "device": torch.cuda.get_device_name() if study.config.device == "cuda" else "cpu",
-        "versions": {p: version(p) for p in ("torch", "transformers", "peft")},
+        "fresh": ended(fresh),
     }
 
 
 def main() -> None:
-    given = arguments(__doc__, "results/selection/after_cut").parse_args()
-    run_units(given, "benchmarks.after_cut", lambda lr: f"lr{lr:g}", lambda lr: f"--lrs {lr}", run)
+    parser = arguments(__doc__, "results/selection/after_cut")
+    parser.add_argument("--lr-scale", type=float, default=1.0, help="times the default learning rate")
+    given = parser.parse_args()
+    scale = given.lr_scale
+    run_units(
+        given,
+        "benchmarks.after_cut",
+        lambda study: run(study, scale),
+        kind=f"-lr{scale:g}",
+        options=f" --lr-scale {scale:g}",
+    )
 
 
 if __name__ == "__main__":

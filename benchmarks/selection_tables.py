@@ -1,131 +1,367 @@
-"""The tables of docs/selection.md, from the raw figures.
+"""The tables of docs/selection.md, from the raw figures: whatever units are there.
 
     python -m benchmarks.selection_tables
 
-Shapes: K arms of one training (ranks, or ranks × learning rates).
+Shapes: K arms of one training (ranks × learning rates).
 """
 
-import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
+from benchmarks import selection_records as records
+from benchmarks.selection_records import Adaptive, Curve, Look, Sweep
+from benchmarks.selection_statistics import (
+    LARGEST,
+    Chance,
+    Difference,
+    best_arm,
+    best_arms,
+    chances,
+    correlation,
+    default_pick,
+    ends_of,
+    lowest,
+    regret,
+    tally,
+)
 from rankrace.select.build import SHARES
+from rankrace.select.statistics import paired_difference
 
-ROOT = Path("results/selection")
-EARLY = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-LARGEST = 32
-
-
-def records(*patterns: str) -> list[dict[str, Any]]:
-    files = sorted(file for pattern in patterns for file in ROOT.glob(pattern))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+SHARE = SHARES["balanced"]
+FIXED = "fixed"
 
 
-def named(record: dict[str, Any]) -> str:
-    name = {"SST-2": "sst2"}.get(record["task"], record["task"])
-    return f"{name}, seed {record['seed']}"
-
-
-def table(heads: list[str], rows: list[list[str]]) -> None:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for row in rows:
         print("| " + " | ".join(row) + " |")
     print()
 
 
-def paired_se(look: dict[str, Any], i: int, j: int) -> float:
-    """Of the difference between arms i and j: stored as a triangle."""
-    return 0.0 if i == j else look["se"][max(i, j)][min(i, j)]
+def named(unit: records.Unit) -> str:
+    return f"{unit[0]}, seed {unit[1]}"
 
 
-def pick(look: dict[str, Any], ranks: list[int], share: float) -> int:
-    """Index of the smallest rank within one standard error of the best or that share of what rank buys."""
-    losses = look["loss"][: len(ranks)]
-    best = int(np.argmin(losses))
-    bearable = share * (losses[0] - losses[best])
-    return next(i for i in range(len(ranks)) if losses[i] - losses[best] <= max(bearable, paired_se(look, i, best)))
+def mean(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Of each column, over what is known of it."""
+    known = np.isfinite(rows)
+    counts = np.maximum(known.sum(0), 1)
+    return np.where(known.any(0), np.where(known, rows, 0.0).sum(0) / counts, np.nan)
 
 
-def early_looks() -> None:
-    """An early direct comparison and the truncation curve against the end."""
-    print("### Early looks: the rank they name, its loss at the end above the best one's, and the order\n")
-    for how in ("direct", "truncated"):
-        found: dict[float, list[list[float]]] = {share: [] for share in EARLY}
+def nats(x: float, sign: str = "") -> str:
+    return "" if np.isnan(x) else f"{x:{sign}.4f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:g}%"
+
+
+# --- (a) the truth
+
+
+def final_losses(sweeps: Sequence[Sweep]) -> None:
+    """Every rank with its best learning rate."""
+    print("### The end: loss on fresh examples; each rank at its best learning rate (×), less r = 16 at its own\n")
+    ranks = sorted({r for s in sweeps for r in s.ranks})
+    rows = []
+    for s in sweeps:
+        arms = best_arms(s)
+        base, cells = arms[16], []
+        for r in ranks:
+            if r not in arms:
+                cells.append("diverged")
+                continue
+            rate = f" (×{s.rates[arms[r]]:g})"
+            cells.append(f"{s.loss_K[base]:.4f}{rate}" if r == 16 else between(s, arms[r], base) + rate)
+        rows.append([named(s.unit), *cells])
+    table(["task", *(f"r = {r}" for r in ranks)], rows)
+
+
+def rate_losses(sweeps: Sequence[Sweep]) -> None:
+    """What rank buys at each learning rate."""
+    print("### Rank and learning rate: loss on fresh examples at the end\n")
+    ranks = sorted({r for s in sweeps for r in s.ranks})
+    rows = []
+    for s in sweeps:
+        for x in sorted(set(s.rates)):
+            at = {s.ranks[i]: i for i in s.at(x)}
+            cells = [f"{s.loss_K[at[r]]:.4f}" if r in at else "" for r in ranks]
+            rows.append([f"{named(s.unit)}, ×{x:g}", *cells, between(s, at[64], at[1])])
+    table(["task", *(f"r = {r}" for r in ranks), "64 less 1"], rows)
+
+
+def between(sweep: Sweep, a: int, b: int) -> str:
+    """The difference between two arms at the end and its paired error."""
+    assert sweep.loss_KN is not None
+    assert sweep.fresh is not None
+    d, se = paired_difference(sweep.loss_KN[a], sweep.loss_KN[b], sweep.fresh.tokens_N, sweep.fresh.cluster_N)
+    return f"{d:+.4f} ± {se:.4f}"
+
+
+# --- (b) early against final
+
+
+def shown(look: Look, how: str, rate: float, at: Sequence[int]) -> Curve | None:
+    """What a look says of the arms of one learning rate, from the smallest rank; None if it did not measure that."""
+    match how:
+        case "direct":
+            return look.direct.only(at)
+        case "averaged":
+            return None if look.averaged is None else look.averaged.only(at)
+        case _:
+            return look.truncated.get(rate)
+
+
+def by_default(curve: Curve) -> int | None:
+    return default_pick(curve, SHARE)
+
+
+METHODS: dict[str, tuple[str, Callable[[Curve], int | None]]] = {
+    "direct, lowest": ("direct", lambda curve: lowest(curve.loss_K)),
+    "direct, default rule": ("direct", by_default),
+    "averaged, default rule": ("averaged", by_default),
+    "truncated, default rule": ("truncated", by_default),
+}
+"""How it is measured, and which of the ranks up to LARGEST is taken."""
+PICKED = ("direct, lowest", "truncated, default rule")
+
+
+def early_looks(sweeps: Sequence[Sweep], rate_of: Callable[[Sweep], float], title: str) -> None:
+    """Means over all trainings; the correlations by task; each training's picks."""
+    print(f"### Early against final, {title}\n")
+    shares = [look.share for look in sweeps[0].looks]
+    means, by_task = [], []
+    for name, (how, pick) in METHODS.items():
+        orders: dict[str, list[list[float]]] = {}
+        regrets = []
+        for s in sweeps:
+            rate = rate_of(s)
+            at = s.at(rate)
+            small, end_K = [i for i, k in enumerate(at) if s.ranks[k] <= LARGEST], s.loss_K[at]
+            curves = [c for look in s.looks if (c := shown(look, how, rate, at)) is not None]
+            if not curves:
+                continue
+            order = [correlation(c.loss_K, end_K[: len(c.loss_K)]) for c in curves]
+            orders.setdefault(s.unit[0], []).append(order)
+            regrets.append([regret(pick(c.only(small)), end_K) for c in curves])
+        if not regrets:
+            continue
+        if name in PICKED or how == "averaged":
+            each = [order for some in orders.values() for order in some]
+            means.append([f"rank correlation, {how} ({len(each)})", *(f"{x:+.2f}" for x in mean(each))])
+            for task, some in sorted(orders.items()):
+                label = f"{task}, {how} ({len(some)})"
+                by_task.append([label, *(f"{x:+.2f}" for x in mean(some))])
+        means.append([f"regret, {name}", *map(nats, mean(regrets))])
+    side_by_side = (1 + (len(set(sweeps[0].ranks)) - 1) * share for share in shares)
+    means.append(["trainings paid, side by side", *(f"{x:.2f}" for x in side_by_side)])
+    means.append(["trainings paid, truncated", *("1.00" for _ in shares)])
+    table(["mean of all trainings", *map(percent, shares)], means)
+    print("Rank correlation by task:\n")
+    table(["", *map(percent, shares)], by_task)
+    for name in PICKED:
+        how, pick = METHODS[name]
         rows = []
-        for r in records("first/*-lr1.json", "*-lr1.json"):
-            end, row = np.array(r["fresh"]["loss"]), [named(r)]
-            for look in r["looks"]:
-                if look["share"] not in EARLY:
-                    continue
-                ranks = [rank for rank in r["ranks"] if rank <= LARGEST]
-                if how == "direct":
-                    chosen = int(np.argmin(look[how]["loss"]))
-                else:
-                    chosen = pick(look[how], ranks, SHARES["balanced"])
-                regret = end[chosen] - end.min()
-                losses = look[how]["loss"]
-                order = float(spearmanr(losses, end[: len(losses)]).statistic)
-                found[look["share"]].append([regret, order])
-                row.append(f"{r['ranks'][chosen]} ({regret:.4f})")
-            rows.append([*row, str(r["ranks"][int(end.argmin())])])
-        means = {share: np.mean(values, 0) for share, values in found.items()}
-        rows.append(["**mean regret**", *(f"{means[share][0]:.4f}" for share in EARLY), ""])
-        rows.append(["**mean rank correlation**", *(f"{means[share][1]:+.2f}" for share in EARLY), ""])
-        print({"direct": "Direct, lowest loss:\n", "truncated": "Truncated from rank 64, the default rule:\n"}[how])
-        table(["task", *(f"{100 * share:g}%" for share in EARLY), "lowest at the end"], rows)
+        for s in sweeps:
+            rate = rate_of(s)
+            at = s.at(rate)
+            small, end_K = [i for i, k in enumerate(at) if s.ranks[k] <= LARGEST], s.loss_K[at]
+            cells = []
+            for look in s.looks:
+                curve = shown(look, how, rate, at)
+                chosen = None if curve is None else pick(curve.only(small))
+                cells.append("" if chosen is None else f"{s.ranks[at[chosen]]} ({regret(chosen, end_K):.4f})")
+            rows.append([f"{named(s.unit)}, ×{rate:g}", *cells, str(s.ranks[at[int(np.nanargmin(end_K))]])])
+        print(f"{name[0].upper()}{name[1:]}: picks (regret):\n")
+        table(["task", *map(percent, shares), "lowest at the end"], rows)
 
 
-def learning_rates() -> None:
-    """Which learning rate an early look names, as the values are and as their average."""
-    print("### Learning rates: the multiple that a look names, and its loss at the end above the best one's\n")
-    for how, words in (
-        ("direct", "the values as they are"),
-        ("half", "their average over the last half of the steps"),
-    ):
-        rows, regrets = [], []
-        for r in records("*-rates-warmup*.json"):
-            end = np.array(r["fresh"]["loss"])
-            for rank in dict.fromkeys(r["ranks"]):
-                mine = [i for i, other in enumerate(r["ranks"]) if other == rank]
-                row, missed = [f"{named(r)}, r = {rank}"], []
-                for look in r["looks"]:
-                    if look["share"] not in EARLY:
-                        continue
-                    chosen = min(mine, key=lambda i, look=look: look[how]["loss"][i])
-                    missed.append(end[chosen] - end[mine].min())
-                    row.append(f"{r['rates'][chosen]:g} ({missed[-1]:.4f})")
-                regrets.append(missed)
-                rows.append([*row, f"{r['rates'][min(mine, key=lambda i: end[i])]:g}"])
-        rows.append(["**mean regret**", *(f"{x:.4f}" for x in np.mean(regrets, 0)), ""])
+# --- (c) learning rates
+
+
+def learning_rates(sweeps: Sequence[Sweep]) -> None:
+    """Which multiple a look names for one rank."""
+    print("### Learning rates: the multiple that a look names for r = 64, and its regret at the end\n")
+    shares = [look.share for look in sweeps[0].looks]
+    for how, words in (("direct", "the values as they are"), ("averaged", "their average")):
+        rows, all_regrets, wide_regrets = [], [], []
+        for s in sweeps:
+            for rank in dict.fromkeys(s.ranks):
+                at = [i for i, r in enumerate(s.ranks) if r == rank]
+                missed, cells = [], []
+                for look in s.looks:
+                    curve = shown(look, how, 1.0, at)
+                    chosen = None if curve is None else lowest(curve.loss_K)
+                    missed.append(regret(chosen, s.loss_K[at]))
+                    cells.append("" if chosen is None else f"{s.rates[at[chosen]]:g} ({missed[-1]:.4f})")
+                all_regrets.append(missed)
+                if rank == max(s.ranks):
+                    wide_regrets.append(missed)
+                    rows.append([named(s.unit), *cells, f"{s.rates[at[int(np.nanargmin(s.loss_K[at]))]]:g}"])
+        rows.append(["**mean, r = 64**", *map(nats, mean(wide_regrets)), ""])
+        rows.append([f"**mean, all ranks ({len(all_regrets)})**", *map(nats, mean(all_regrets)), ""])
         print(f"By {words}:\n")
-        table(["task", *(f"{100 * share:g}%" for share in EARLY), "lowest at the end"], rows)
+        table(["task", *map(percent, shares), "lowest at the end"], rows)
 
 
-def after_cut() -> None:
+# --- chance, and (d) whole runs
+
+
+def chance_table(found: dict[str, Chance]) -> None:
+    print("### Chance: by how much trainings differ that should be the same\n")
+    each = sorted(found.items())
+    rows = [
+        ["pairs", *(str(c.pairs) for _, c in each)],
+        ["RMS of their differences", *(nats(c.rms) for _, c in each)],
+        ["RMS of the paired errors", *(nats(c.se) for _, c in each)],
+        ["chance from run to run", *(nats(c.run) for _, c in each)],
+    ]
+    table(["", *(task for task, _ in each)], rows)
+
+
+def against(run: Adaptive, name: str, other_N: np.ndarray, found: dict[str, Chance]) -> Difference:
+    """An arm against another training of the unit."""
+    fresh = run.fresh
+    d, se = paired_difference(run.arms[name].loss_N, other_N, fresh.tokens_N, fresh.cluster_N)
+    chance = found.get(run.unit[0])
+    return Difference(d=d, se=se, run=chance.run if chance else 0.0)
+
+
+def cost(run: Adaptive, name: str) -> float:
+    """In trainings of one candidate. Measuring has no backward pass, which is half of the products of a step.
+
+    The base model's own loss is measured too.
+    """
+    arm = run.arms[name]
+    return arm.candidate_steps + (arm.measured + 1) * arm.looked / 2 / run.examples
+
+
+def whole_runs(runs: Sequence[Adaptive], found: dict[str, Chance]) -> None:
+    names = [n for n in dict.fromkeys(n for run in runs for n in run.arms) if n != FIXED]
+    print("### Whole runs: rank (× of the learning rate), and the end less that of fixed r = 16 (± paired error)\n")
+    rows = []
+    for run in runs:
+        fixed_N, cells = run.arms[FIXED].loss_N, []
+        for name in names:
+            if name not in run.arms:
+                cells.append("")
+                continue
+            arm, x = run.arms[name], against(run, name, fixed_N, found)
+            rate = "" if arm.scale == 1 else f" (×{arm.scale:g})"
+            cells.append(f"{arm.rank}{rate}: {x.d:+.4f} ± {x.se:.4f}")
+        chance = found.get(run.unit[0])
+        level = f"{fixed_N.sum() / run.fresh.tokens_N.sum():.4f}"
+        documents = len(np.unique(run.fresh.cluster_N))
+        rows.append([named(run.unit), str(documents), level, *cells, nats(chance.run) if chance else "?"])
+    table(["task", "documents", "fixed", *names, "chance"], rows)
+
+    print("### Whole runs, in sum\n")
+    rows = []
+    for name in names:
+        there = [run for run in runs if name in run.arms]
+        x = [against(run, name, run.arms[FIXED].loss_N, found) for run in there]
+        alone, both = tally(x, chance=False), tally(x, chance=True)
+        ratio = np.mean([run.arms[name].rank / run.arms[FIXED].rank for run in there])
+        prices = [cost(run, name) for run in there]
+        rows.append(
+            [
+                name,
+                f"{alone.within} / {alone.all}",
+                f"{alone.won} : {alone.lost}",
+                f"{both.within} / {both.all}",
+                f"{both.won} : {both.lost}",
+                f"{np.mean([e.d for e in x]):+.4f}",
+                f"{ratio:.2f}",
+                f"{np.mean([run.arms[name].candidate_steps for run in there]):.2f}",
+                f"{np.mean(prices):.2f} ({min(prices):.2f} … {max(prices):.2f})",
+            ]
+        )
+    heads = ["", "at most one error worse than fixed r = 16", "better : worse", "with chance", "better : worse"]
+    table([*heads, "mean", "parameters ÷ r = 16", "candidate-steps", "with measurements"], rows)
+
+
+def against_best(runs: Sequence[Adaptive], sweeps: Sequence[Sweep], found: dict[str, Chance]) -> None:
+    """Where the unit's sweep is there."""
+    by_unit = {s.unit: s for s in sweeps}
+    both = [(run, by_unit[run.unit]) for run in runs if run.unit in by_unit]
+    if not both:
+        return
+    print("### Whole runs against the sweep's best arm (the best at its last look)\n")
+    names = list(dict.fromkeys(n for run, _ in both for n in run.arms))
+    rows = []
+    for name in names:
+        cells, all_x = [], []
+        for run, s in both:
+            assert s.loss_KN is not None
+            if name not in run.arms:
+                cells.append("")
+                continue
+            all_x.append(against(run, name, s.loss_KN[best_arm(s)], found))
+            cells.append(f"{all_x[-1].d:+.4f} ± {all_x[-1].se:.4f}")
+        alone, with_chance = tally(all_x, chance=False), tally(all_x, chance=True)
+        rows.append([name, *cells, f"{alone.within} / {alone.all}", f"{with_chance.within} / {with_chance.all}"])
+    labels = [f"{named(s.unit)}: r = {s.ranks[best_arm(s)]}, ×{s.rates[best_arm(s)]:g}" for _, s in both]
+    table(["", *labels, "at most one error worse", "with chance"], rows)
+
+
+def repeated_choices(found: dict[tuple[str, str], dict[int, int]]) -> None:
+    print("### The same choice over seeds\n")
+    rows = [
+        [
+            task,
+            name,
+            ", ".join(str(r) for _, r in sorted(picks.items())),
+            f"{max(picks.values()) / min(picks.values()):.1f}",
+        ]
+        for (task, name), picks in sorted(found.items())
+        if name != FIXED and len(picks) > 1
+    ]
+    table(["task", "strategy", "picks, by seed", "largest ÷ smallest"], rows)
+
+
+def after_cut(found: Sequence[dict[str, Any]]) -> None:
     """Arms that went on from one wide candidate."""
+    if not found:
+        return
     print(
         "### After a cut at 15%: loss at the end on fresh examples, less that of the wide one kept (± paired error)\n"
     )
-    found = records("after_cut/*.json")
     rows = []
     for k, arm in enumerate(found[0]["arms"]):
         row = [arm]
         for r in found:
-            tokens, kept = np.array(r["fresh_tokens"]), np.array(r["fresh"]["per_example"][0])
-            difference = np.array(r["fresh"]["per_example"][k]) - kept
-            d = difference.sum() / tokens.sum()
-            _, member = np.unique(r["fresh_cluster"], return_inverse=True)
-            e = np.bincount(member, weights=difference - d * tokens)
-            se = np.sqrt(len(e) / (len(e) - 1) * np.square(e).sum()) / tokens.sum()
+            fresh, loss_KN = records.fresh_of(r), np.array(r["fresh"]["per_example"])
+            d, se = paired_difference(loss_KN[k], loss_KN[0], fresh.tokens_N, fresh.cluster_N)
             row.append(f"{d:+.4f} ± {se:.4f}")
         rows.append(row)
-    table(["arm", *(f"{named(r)}, lr × {r['lr_scale']:g}" for r in found)], rows)
+    table(["arm", *(f"{named(records.unit_of(r))}, lr × {r['lr_scale']:g}" for r in found)], rows)
+
+
+def main(root: Path = records.ROOT) -> None:
+    sweeps, ranks, rates = records.sweeps(root), records.first_ranks(root), records.first_rates(root)
+    runs = records.adaptives(root)
+    found = chances(ends_of([*sweeps, *ranks], runs))
+    all_ranks = records.newest(sweeps, ranks)
+    rated = records.newest(sweeps, rates)
+    final_losses(records.newest(sweeps, [s for s in ranks if s.loss_KN is not None]))
+    rate_losses(rated)
+    if all_ranks:
+        early_looks(all_ranks, lambda s: 1.0, "at the default learning rate")
+    if sweeps:
+        early_looks(sweeps, lambda s: s.rates[best_arm(s)], "at the best learning rate of each unit")
+    if rated:
+        learning_rates(rated)
+    if runs:
+        chance_table(found)
+        whole_runs(runs, found)
+        against_best(runs, sweeps, found)
+        repeated_choices(records.choices(root))
+    after_cut(records.after_cuts(root))
 
 
 if __name__ == "__main__":
-    early_looks()
-    learning_rates()
-    after_cut()
+    main()

@@ -34,6 +34,7 @@ from rankrace.train.model import PackedModel, load_model, load_tokenizer
 
 ALPHA = 32.0
 LOOKED, FRESH = 256, 512
+LEAST_DOCUMENTS = 10
 
 
 def described(measured: Measured, cluster_N: np.ndarray) -> dict[str, Any]:
@@ -60,12 +61,20 @@ def multipliers(ranks: Sequence[int]) -> list[float]:
 
 
 def read(name: str, root: Path, config: RunConfig) -> Data:
-    """The task's training and validation rows; never its test part."""
+    """The task's training and validation rows; never its test part.
+
+    Where validation is of few documents every third of the others is held out too: no error could be estimated from
+    the four articles of SQuAD's.
+    """
     splits = find_task(name).splits(root, 0)
-    source = SourceRows(
-        train=splits.train, validation=splits.validation, train_where=name, validation_where=f"{name} validation"
-    )
-    document = "document" if "document" in splits.train[0] else None
+    train, validation = splits.train, splits.validation
+    document = "document" if "document" in train[0] else None
+    if document and len({row[document] for row in validation}) < LEAST_DOCUMENTS:
+        held = set(sorted({row[document] for row in train})[::3])
+        validation = [*validation, *(row for row in train if row[document] in held)]
+        train = [row for row in train if row[document] not in held]
+        config = config.model_copy(update={"validation_max": len(validation)})
+    source = SourceRows(train=train, validation=validation, train_where=name, validation_where=f"{name} validation")
     config = config.model_copy(update={"group_column": document})
     rows = split_rows(source, config)
     return encode_splits(rows, make_encoder(config, load_tokenizer(config.model), "causal", rows))
@@ -150,15 +159,22 @@ def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_units(given: argparse.Namespace, module: str, run: Callable[[Study], dict[str, Any]]) -> None:
-    """Every unit that is not there yet, into a file of its own."""
+def run_units(
+    given: argparse.Namespace, module: str, run: Callable[[Study], dict[str, Any]], kind: str = "", options: str = ""
+) -> None:
+    """Every unit that is not there yet, into a file of its own.
+
+    Args:
+        kind: the end of the files' names.
+        options: of the study's own, for the command that is kept.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     for unit in given.units.split(","):
         name, seed = unit.split(":")
-        file = given.out / f"{name}-seed{seed}.json"
+        file = given.out / f"{name}-seed{seed}{kind}.json"
         if file.exists():
             continue
         if time.perf_counter() - began > given.stop_after:
@@ -167,7 +183,7 @@ def run_units(given: argparse.Namespace, module: str, run: Callable[[Study], dic
         done = run(study)
         done["command"] = (
             f"python -m {module} --units {unit} --steps {given.steps} --train-max {given.train_max} "
-            f"--warmup {given.warmup:g}"
+            f"--warmup {given.warmup:g}{options}"
         )
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(done) + "\n")

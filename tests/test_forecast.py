@@ -106,7 +106,7 @@ def test_wide_models_take_short_passes() -> None:
 
 
 def test_what_python_launches_too_slowly_is_a_graph() -> None:
-    """LLaMA-7B's layers, on a GPU that is not there: passes of SQuAD's steps are graphs, of 16,000 tokens not."""
+    """LLaMA-7B's layers, no GPU there: passes of SQuAD's lengths are graphs, of 16,000 tokens not."""
 
     class Layer:
         d_in = d_out = 5380  # the mean of 2.9e7 weights

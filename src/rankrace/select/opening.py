@@ -18,7 +18,10 @@ from rankrace.select.statistics import paired_difference
 from rankrace.select.strategy import Bench, Keep, Look, Rated, Start, Strategy
 
 SHARE = 0.15
-"""Of the training. What averages say by then holds at the end; at a tenth it often does not (docs/selection.md)."""
+"""Of the training. What averages say at a tenth often does not hold at the end (docs/selection.md)."""
+CLEARLY = 2.0
+"""Standard errors by which another rate must be better than the one given. The wide candidate that rates are tried on
+stands high rates better than the small rank that may be cut from it: in doubt the rate stays (docs/selection.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class Opening:
         return replace(self.inner.look(step, looks[1:], bench), lr_scale=opened.lr_scale, chance=opened.chance)
 
     def choose(self, step: int, bench: Bench) -> Look:
-        """The rate of lowest loss; the one given, where it is within one paired standard error of that."""
+        """The rate of lowest loss, if it is clearly better than the one given; else that."""
         held = bench.held
         trials = bench.averaged()
         rated = trials[: len(self.scales)]
@@ -84,7 +87,7 @@ class Opening:
         best, given = int(np.nanargmin(losses)), self.scales.index(1.0)
         compared = [difference(t, rated[best]) for t in rated]
         behind, se = compared[given]
-        pick = given if np.isfinite(behind) and behind <= np.nan_to_num(se) else best
+        pick = given if np.isfinite(behind) and behind <= CLEARLY * np.nan_to_num(se) else best
         chance = abs(difference(trials[-1], rated[given])[0]) if self.twin else None
         return Look(
             step=step,
