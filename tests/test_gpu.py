@@ -186,6 +186,24 @@ def test_graphs_are_eager_over_several_steps() -> None:
     assert (trained(prepared(0.0), graphs)[0] - replayed).abs().max() > 0.005, "dropout has no effect"
 
 
+def test_graphs_take_the_memory_of_one_pass() -> None:
+    """What is reserved for a training, as graphs and eagerly: what a pass keeps lies there once, not twice."""
+    model = prepared()
+    longer = replace(RECIPE, batch_size=64, micro_tokens=8192)
+
+    def reserved(graphs: bool) -> int:
+        free_caches()
+        before = torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        trained(model, replace(longer, graphs=graphs))
+        return torch.cuda.max_memory_reserved() - before
+
+    reserved(False)  # libraries set themselves up
+    eager, graphs = reserved(False), reserved(True)
+    print(f"    graphs {graphs / 2**20:.0f} MiB, eager {eager / 2**20:.0f} MiB", flush=True)
+    assert graphs < 1.5 * eager
+
+
 def test_ranks_of_their_own_for_each_layer() -> None:
     """Layers padded each to its own rank, as if all were padded to the largest; eagerly and as graphs."""
     model = prepared()
