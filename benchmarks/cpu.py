@@ -20,22 +20,23 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data import Data, load_data
+from rankrace.data.encoded import Task
 from rankrace.session import chosen_device, chosen_dtype, prepare
-from rankrace.train.model import load_model, load_tokenizer
+from rankrace.train.model import is_encoder, load_model, load_tokenizer
 
 
 def adaptive(config: RunConfig, data: Data) -> dict[str, Any]:
     """Seconds and outcome of one rankrace run."""
-    model = fresh_model(config)
+    model = fresh_model(config, data)
     synchronize(config)
     began = time.perf_counter()
-    session = prepare(config, data, model, "causal")
+    session = prepare(config, data, model, task_of(config))
     for _ in session.search.run():
         pass
     final = session.trainer.measure(session.fresh)
@@ -56,22 +57,25 @@ def adaptive(config: RunConfig, data: Data) -> dict[str, Any]:
 
 def fixed(config: RunConfig, data: Data, rank: int = 8) -> dict[str, Any]:
     """Seconds and outcome of PEFT and Trainer at one rank."""
-    model = fresh_model(config)
+    model = fresh_model(config, data)
     bank = Bank(model)
     layers = sorted({name.rpartition(".")[2] for name in bank.layers})
     bank.detach()
-    peft_model = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=32, target_modules=layers, task_type="CAUSAL_LM")
-    )
+    classes = task_of(config) == "classification"
+    kind = "SEQ_CLS" if classes else "CAUSAL_LM"
+    peft_model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=32, target_modules=layers, task_type=kind))
     tokenizer = load_tokenizer(config.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = [
         {
             "input_ids": e.input_ids.tolist(),
-            "labels": [int(t) if s else -100 for t, s in zip(e.input_ids, e.supervised, strict=True)],
+            "labels": e.label
+            if classes
+            else [int(t) if s else -100 for t, s in zip(e.input_ids, e.supervised, strict=True)],
         }
         for e in data.train.examples
     ]
+    collator = DataCollatorWithPadding if classes else DataCollatorForSeq2Seq
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -91,7 +95,7 @@ def fixed(config: RunConfig, data: Data, rank: int = 8) -> dict[str, Any]:
             model=peft_model,
             args=arguments,
             train_dataset=rows,  # type: ignore[arg-type]
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            data_collator=collator(tokenizer),
         )
         synchronize(config)
         began = time.perf_counter()
@@ -101,13 +105,17 @@ def fixed(config: RunConfig, data: Data, rank: int = 8) -> dict[str, Any]:
     return {"seconds": seconds, "rank": rank, "peak_bytes": peak(config)}
 
 
-def fresh_model(config: RunConfig) -> Any:
+def task_of(config: RunConfig) -> Task:
+    return "classification" if is_encoder(config.model) else "causal"
+
+
+def fresh_model(config: RunConfig, data: Data) -> Any:
     device = chosen_device(config.device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     dtype = chosen_dtype("auto", device)
-    return load_model(config.model, "causal", None, device=device, dtype=dtype, seed=config.seed)
+    return load_model(config.model, task_of(config), data.labels, device=device, dtype=dtype, seed=config.seed)
 
 
 def synchronize(config: RunConfig) -> None:
@@ -142,7 +150,7 @@ def main() -> None:
         epochs=given.epochs,
         lr=1e-3,
     )
-    data = load_data(config, load_tokenizer(config.model), "causal")
+    data = load_data(config, load_tokenizer(config.model), task_of(config))
     runs: dict[str, list[dict[str, Any]]] = {"adaptive": [], "fixed": []}
     for i in range(given.repeats):
         for name, run in (("adaptive", adaptive), ("fixed", fixed)):
@@ -154,7 +162,7 @@ def main() -> None:
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         record = {
-            "command": f"python -m benchmarks.cpu --model SmolLM2-135M-Instruct --data {Path(given.data).name} "
+            "command": f"python -m benchmarks.cpu --model {Path(given.model).name} --data {Path(given.data).name} "
             f"--device {given.device} --train-max {given.train_max} --validation-max {given.validation_max} "
             f"--epochs {given.epochs} --repeats {given.repeats}",
             "ratio_of_medians": ratio,

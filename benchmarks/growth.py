@@ -44,7 +44,7 @@ from benchmarks.shapes import (
     versions,
 )
 from rankrace.bank import Bank
-from rankrace.plan import GPU_OPERATIONS, GRAPHS_WORTH, launch_seconds
+from rankrace.plan import graph_worth
 from rankrace.report.canvas import INK, RAMP, WIDE, canvas, to_svg
 from rankrace.train.compiled import compile_blocks
 from rankrace.train.loop import Recipe, Trainer
@@ -117,14 +117,6 @@ class Bench:
                 recompute_blocks(self.loaded[1].bank)
         return self.loaded[1]
 
-    def graphs(self, shape: str, tokens: int) -> bool:
-        """By the measure of `rankrace.plan.graphs_worth`: the products of a pass against its launches."""
-        launches = (
-            launch_seconds("on" if self.given.compile else "off", "off") * 7 * SHAPES[shape]["num_hidden_layers"]
-        )
-        products = 4 * linear_weights(shape) * tokens / GPU_OPERATIONS
-        return self.device.type == "cuda" and launches > GRAPHS_WORTH * products
-
     def measure(self, point: Point) -> dict[str, Any]:
         """Milliseconds of a step, tokens a second, peak bytes."""
         model, K, T = self.model(point.shape), point.candidates, point.tokens
@@ -134,7 +126,8 @@ class Bench:
         rows = made_up(lengths, SHAPES[point.shape]["vocab_size"])
         recipe = Recipe(
             epochs=1000, max_steps=1000, batch_size=count, micro_tokens=K * T, schedule="constant", warmup=0.0,
-            weight_decay=0.0, clip=1.0, seed=0, graphs=self.graphs(point.shape, K * T),
+            weight_decay=0.0, clip=1.0, seed=0,
+            graphs=graph_worth(bank, K * T, "on" if self.given.compile else "off"),
         )  # fmt: skip
         bank.start([1], [1.0])  # in place of what the last point trained
         reset_peak(self.device)

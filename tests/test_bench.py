@@ -179,16 +179,21 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
 
 
+def runner_of(experiment: Path, out: Path, slots: int, **streams: Any) -> subprocess.Popen[str]:
+    """`bench run` in a process of its own, that saves after every step."""
+    code = (
+        "from pathlib import Path; from rankrace.bench.run import run_experiment;"
+        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots={slots}, device='cpu', save_s=0.0)"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], text=True, **streams)
+
+
 @pytest.mark.parametrize("slots", [0, 2])
 def test_a_runner_that_is_terminated_saves_its_runs_and_leaves_none(tmp_path: Path, bert: Path, slots: int) -> None:
     common = {"max_steps": 100_000, "epochs": 100_000}
     experiment = written(tmp_path, bert, methods=["full", "lora-r8"], tasks=["rte"], common=common)
     out = tmp_path / "out"
-    code = (
-        "from pathlib import Path; from rankrace.bench.run import run_experiment;"
-        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots={slots}, device='cpu', save_s=0.0)"
-    )
-    runner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    runner = runner_of(experiment, out, slots=slots, stderr=subprocess.PIPE)
     wait_for(lambda: len(list(out.glob("work/*"))) == max(1, slots))
     runner.send_signal(signal.SIGTERM)
     _, said = runner.communicate(timeout=60)
@@ -205,11 +210,7 @@ def test_a_runner_that_is_killed_loses_only_the_runs_in_hand(tmp_path: Path, ber
     endless = {"max_steps": 100_000, "epochs": 100_000}
     experiment = written(tmp_path, bert, methods=["base", "full"], tasks=["rte"], common=endless)
     out = tmp_path / "out"
-    code = (
-        "from pathlib import Path; from rankrace.bench.run import run_experiment;"
-        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots=1, device='cpu', save_s=0.0)"
-    )
-    runner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    runner = runner_of(experiment, out, slots=1, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(list(out.glob("work/*/step-*"))) > 1)
     runner.kill()
     runner.wait()

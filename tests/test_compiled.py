@@ -4,7 +4,6 @@ Traced as always but run by a backend without code generation; that of GPUs is t
 """
 
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,42 +11,19 @@ from torch import Tensor
 
 import flash
 from examples import examples
-from models import CLASSIFYING, tiny
+from models import tiny
+from onepass import prepared
 from rankrace.bank import Bank
 from rankrace.choose import lent
 from rankrace.train import attention
 from rankrace.train.compiled import blocks, compile_blocks, uncompile
 from rankrace.train.model import PackedModel
-from rankrace.train.passes import Eager
 
 # torch's own, as it traces.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
 ]
-
-RANKS = (4, 2, 7)
-
-
-def prepared(family: str, dropout: float = 0.0) -> tuple[PackedModel, Callable[..., list[Tensor]]]:
-    """A model, and a pass over some of its rows by some of its candidates: losses [K] and all gradients."""
-    classes = 3 if family in CLASSIFYING else 0
-    bank = Bank(tiny(family), dropout=dropout)
-    model = PackedModel(bank.model, bank, "classification" if classes else "causal", chunk=5)
-    bank.start(RANKS, [16.0 / r for r in RANKS])
-    torch.manual_seed(1)
-    for layer in bank.layers.values():
-        layer.B_KDR.data.normal_(std=0.1)
-    rows = examples(12, classes=classes)
-
-    def run(indices: range, active: slice = slice(0, 3)) -> list[Tensor]:
-        gradients = bank.loaded.gradients.all_KP.zero_()
-        with bank.training(indices.start, 0):
-            loss_K = Eager(model).run(model.pack(rows, indices), active, torch.tensor(0.1, dtype=torch.float64))
-        return [loss_K, gradients.clone()]
-
-    return model, run
-
 
 CASES = [
     (range(3), slice(0, 3)), (range(3, 8), slice(0, 3)), (range(8, 12), slice(0, 2)), (range(5, 7), slice(1, 3)),

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -367,14 +368,35 @@ def test_when_all_diverged_that_is_an_error():
 
 
 @both_rules
-def test_no_gain_takes_the_smallest_and_says_so(rule: Rule):
-    verdict = judge({2: 3.3, 4: 3.2, 8: 3.1}, log2_penalty(0.001), rule=rule, held=held_out(base=3.0))
+def test_ranks_that_are_behind_the_base_are_compared_as_any_others(rule: Rule):
+    """Early on a training may be behind its start: a fresh head of a classifier is, at a good learning rate."""
+    losses = {2: 3.3, 4: 3.2, 8: 3.1}
+    verdict = judge(losses, log2_penalty(0.001), rule=rule, held=held_out(base=3.0))
     assert verdict.gain == pytest.approx(-0.1)
-    assert (verdict.pick, verdict.best) == (2, 8)
+    ahead = judge(losses, log2_penalty(0), rule=rule, held=held_out(base=4.0))
+    assert (verdict.pick, verdict.best) == (ahead.pick, ahead.best) == (8, 8)
     assert {p.penalty for p in verdict.points} == {0.0}  # a negative gain must not pay for rank
+    look = seen(verdict, edge=verdict.edge)
+    assert sentence(look).startswith("no rank has lowered the validation loss yet; rank 8 has the lowest")
+    assert not is_confident(look)
+
+
+@both_rules
+def test_rows_learnt_by_heart_take_the_smallest_and_that_is_said(rule: Rule):
+    losses = {2: 3.3, 4: 3.2, 8: 3.1}
+    verdict = judge(losses, rule=rule, held=replace(held_out(base=3.0), epochs=1.5))
+    assert (verdict.pick, verdict.best) == (2, 8)
     look = seen(verdict, edge=verdict.edge)
     assert "no rank lowered the validation loss, so the smallest, 2, was taken;" in sentence(look)
     assert not is_confident(look)
+    better = replace(held_out(base=4.0), epochs=1.5)
+    assert judge(losses, rule=rule, held=better).pick == 8, "something was learnt"
+
+
+def test_nothing_is_sure_before_there_is_a_gain():
+    losses = {1: 3.5, 2: 3.4, 4: 3.1, 8: 3.1, 16: 3.1}
+    assert is_confident(seen(judge(losses, held=held_out(base=4.0))))
+    assert not is_confident(seen(judge(losses, held=held_out(base=3.0))))
 
 
 @pytest.mark.parametrize(
@@ -498,7 +520,7 @@ def test_the_sentence_of_the_smallest_rank_names_no_smaller_one():
 def test_the_sentence_without_any_gain():
     verdict = judge({1: 3.1, 2: 3.2})
     assert sentence(seen(verdict)) == (
-        "no rank lowered the validation loss, so the smallest, 1, was taken; "
+        "no rank has lowered the validation loss yet; rank 1 has the lowest validation loss (3.1000 nats); "
         "measured on 64 held-out examples after 20% of the training: so it was."
     )
 

@@ -1,7 +1,6 @@
 """Blocks that are run again for their gradient: the same numbers, to the last digits, and less memory."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor
 from commandline import rankrace
 from examples import examples
 from models import CAUSAL, CLASSIFYING, tiny
+from onepass import prepared
 from rankrace.bank import Bank
 from rankrace.choose import lent
 from rankrace.config import RunConfig
@@ -20,7 +20,6 @@ from rankrace.plan import probed
 from rankrace.train.compiled import blocks, compile_blocks
 from rankrace.train.memory import Meter, probe
 from rankrace.train.model import PackedModel
-from rankrace.train.passes import Eager
 from rankrace.train.recompute import recompute_blocks, recomputing
 from tinyfolder import SHORT, SUMS, tiny_llama, write_rows
 
@@ -30,28 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
 ]
 
-RANKS = (4, 2, 7)
 CASES = [(range(4), slice(0, 3)), (range(4, 9), slice(1, 3)), (range(12), slice(0, 1)), (range(3), slice(2, 3))]
-
-
-def prepared(family: str, dropout: float = 0.0) -> tuple[PackedModel, Callable[..., list[Tensor]]]:
-    """A model, and a pass over some of its rows by some of its candidates: losses [K] and all gradients."""
-    classes = 3 if family in CLASSIFYING else 0
-    bank = Bank(tiny(family), dropout=dropout)
-    model = PackedModel(bank.model, bank, "classification" if classes else "causal", chunk=5)
-    bank.start(RANKS, [16.0 / r for r in RANKS])
-    torch.manual_seed(1)
-    for layer in bank.layers.values():
-        layer.B_KDR.data.normal_(std=0.1)
-    rows = examples(12, classes=classes)
-
-    def run(indices: range, active: slice) -> list[Tensor]:
-        gradients = bank.loaded.gradients.all_KP.zero_()
-        with bank.training(indices.start, 0):
-            loss_K = Eager(model).run(model.pack(rows, indices), active, torch.tensor(0.1, dtype=torch.float64))
-        return [loss_K, gradients.clone()]
-
-    return model, run
 
 
 def same(ours: list[Tensor], expected: list[Tensor]) -> None:

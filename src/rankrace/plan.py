@@ -94,12 +94,14 @@ def graphs_worth(data: Data, batch_size: int, bank: Bank, micro_tokens: int, com
     Args:
         micro_tokens: of the longest pass without graphs. Those with graphs may well be shorter.
     """
-    if bank.device.type != "cuda":
-        return "off"
     step_tokens = float(data.train.lengths.mean()) * batch_size
-    products = products_seconds(bank, step_tokens / math.ceil(step_tokens / micro_tokens))
+    return "on" if graph_worth(bank, step_tokens / math.ceil(step_tokens / micro_tokens), compiled) else "off"
+
+
+def graph_worth(bank: Bank, tokens: float, compiled: Switch) -> bool:
+    """The same of a pass of so many tokens, over all candidates in it."""
     launches = launch_seconds(compiled, "off") * len(bank.layers)
-    return "on" if launches > GRAPHS_WORTH * products else "off"
+    return bank.device.type == "cuda" and launches > GRAPHS_WORTH * products_seconds(bank, tokens)
 
 
 def products_seconds(bank: Bank, tokens: float) -> float:

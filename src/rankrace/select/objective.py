@@ -37,6 +37,8 @@ class Held:
     cluster_N: np.ndarray
     base_N: np.ndarray
     """Loss of the base model without adapter, nats summed over each example."""
+    epochs: float = 0.0
+    """Passes over the training rows that were made so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,8 @@ class Verdict:
     """What rank buys: J(smallest rank) − min_r J(r)."""
     clusters: int
     """Independent groups of held-out examples, from which the standard errors are estimated."""
+    by_heart: bool = False
+    """No rank improves on the base model, and the training rows were seen more than once."""
 
     def at(self, rank: int) -> Point:
         return next(p for p in self.points if p.rank == rank)
@@ -104,7 +108,8 @@ class Objective:
     Args:
         rule: "argmin" takes the lowest objective; "one_se" the smallest rank within one paired standard error of
             it, since what cannot be told apart should not be paid for (argmin where the error is unknown). Ties
-            go to the smaller rank in both, and so does all where no rank improves on the base model.
+            go to the smaller rank in both, and so does all where rows seen more than once have improved nothing: they
+            are being learnt by heart. In the first pass a training may just be behind its start (docs/log.md).
         share: with "one_se" a smaller rank is also taken where it loses at most this share of what rank itself buys,
             J(smallest) − min J. What rank buys is the unit because the whole gain over the base model is mostly the
             form of the answers, of which every rank gets nearly all. And because cutting off what is not learnt yet
@@ -150,8 +155,8 @@ class Objective:
             for t, loss in zip(trials, losses, strict=True)
         ]
         ses[best] = 0.0
-        pick = best
-        if gain <= 0:
+        pick, by_heart = best, gain <= 0 and held.epochs > 1
+        if by_heart:
             pick = next(i for i, o in enumerate(objectives) if math.isfinite(o))
         elif self.rule == "one_se":
             slack = np.maximum(np.nan_to_num(ses), max(tie, self.share * bought))
@@ -167,4 +172,5 @@ class Objective:
             gain=gain,
             bought=bought,
             clusters=len(np.unique(held.cluster_N)),
+            by_heart=by_heart,
         )

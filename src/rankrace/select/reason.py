@@ -20,7 +20,7 @@ def reason(look: Look, *, share: float, examples: int) -> str:
     """
     v = look.verdict
     pick, best = v.at(v.pick), v.at(v.best)
-    if v.gain <= 0:
+    if v.by_heart:
         words = f"no rank lowered the validation loss, so the smallest, {pick.rank}, was taken"
     elif pick.rank == best.rank:
         what = "loss plus penalty" if any(p.penalty for p in v.points) else "validation loss"
@@ -39,8 +39,10 @@ def reason(look: Look, *, share: float, examples: int) -> str:
             "and no smaller one loses as little"
         )
     below = below_pick(v)
-    if below is not None and v.gain > 0:
+    if below is not None and not v.by_heart:
         words += f"; rank {below.rank} is {behind(below, best)} behind"
+    if v.gain <= 0 and not v.by_heart:  # a training at its full rate may be behind its start, and end far ahead of it
+        words = f"no rank has lowered the validation loss yet; {words}"
     measured = "1 held-out example" if examples == 1 else f"{examples} held-out examples"
     return f"{words}; measured on {measured} after {100 * share:.3g}% of the training: {look.reason}."
 
@@ -60,7 +62,7 @@ def is_confident(look: Look) -> bool:
     v = look.verdict
     below, largest = below_pick(v), v.alive[-1].rank
     settled = not look.capped and look.edge is None and v.pick <= CLEARLY_SMALLER * largest
-    if below is None or not settled or v.clusters < LEAST_CLUSTERS:
+    if below is None or not settled or v.clusters < LEAST_CLUSTERS or v.gain <= 0:
         return False
     ahead = below.objective - v.at(v.best).objective
     # A twin that diverged says nothing, so that nothing is sure.

@@ -68,7 +68,7 @@ class Search:
         held: Held,
         setting: Callable[[int], Setting],
     ) -> None:
-        self.trainer, self.strategy, self.examples, self.held = trainer, strategy, examples, held
+        self.trainer, self.strategy, self.examples, self._held = trainer, strategy, examples, held
         self.own_setting = setting
         self.state = SearchState()
         self._unread: list[Tensor] = []
@@ -180,6 +180,10 @@ class Search:
         self._unread = []
 
     # --- measuring, for the strategy
+
+    @property
+    def held(self) -> Held:
+        return replace(self._held, epochs=self.trainer.step / self.trainer.per_epoch)
 
     @property
     def ranks(self) -> tuple[int, ...]:

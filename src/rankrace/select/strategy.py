@@ -89,7 +89,10 @@ class Look:
 class Bench(Protocol):
     """The held-out examples and the present candidates, for a strategy to measure with."""
 
-    held: Held
+    @property
+    def held(self) -> Held:
+        """The examples, and how often the training rows were seen by now."""
+        ...
 
     @property
     def ranks(self) -> tuple[int, ...]:
