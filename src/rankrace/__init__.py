@@ -1,5 +1,6 @@
 """rankrace: LoRA fine-tuning in which nobody has to guess the rank."""
 
+import rankrace._quiet  # noqa: F401
 from rankrace._version import __version__
 from rankrace.choose import Selection, search
 from rankrace.config import RunConfig

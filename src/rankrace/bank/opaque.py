@@ -31,8 +31,9 @@ class Opaque:
 
     def lead(self, x: Tensor) -> Tensor:
         """Of the first sibling; the others' wait for `follow`, in their order."""
-        first, *self.handed = torch.ops.rankrace.adapted(x, self.number, self.widths, torch.is_grad_enabled())
-        return first
+        ys = torch.ops.rankrace.adapted(x, self.number, self.widths, torch.is_grad_enabled())
+        self.handed = list(ys[1:])  # torch 2.11 traces the operation's list as a tuple
+        return ys[0]
 
     def follow(self, x: Tensor) -> Tensor:
         """Of a sibling that is not the first."""

@@ -1,0 +1,5 @@
+"""`python -m rankrace` is `rankrace`."""
+
+from rankrace.cli import main
+
+main()
