@@ -21,7 +21,7 @@ import yaml
 from commandline import Ran, assert_refused, rankrace
 from rankrace.bench.experiment import Job, config_of, read_experiment
 from rankrace.bench.job import perform
-from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, only_gpu
+from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, sight_of
 from rankrace.bench.paired import difference
 from rankrace.bench.record import Record
 from rankrace.bench.store import due
@@ -231,7 +231,7 @@ def test_a_process_on_a_gpu_does_one_run_after_another_until_one_fails(tmp_path:
     read = read_experiment(written(tmp_path, bert, methods=["base"], tasks=["rte", "squad2"], seeds=[0, 1]))
     (tmp_path / "out" / "runs").mkdir(parents=True)
     work = Work(experiment=read, folder=tmp_path / "out", device="cpu", save_s=60.0, sharing=2, threads=1)
-    slot, context = Slot(gpu=0), multiprocessing.get_context("forkserver")
+    slot, context = Slot(gpu=0), multiprocessing.get_context("spawn")
     processes = []
     for task, seed in (("rte", 0), ("rte", 1), ("squad2", 0), ("rte", 0)):
         job = Job(method="base", task=task, seed=seed, scale=1.0, tuning=False)
@@ -267,13 +267,18 @@ def test_slots_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     assert next_.gpu == 1
 
 
-def test_a_process_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    only_gpu(1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
-    only_gpu(1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5f"
+@pytest.mark.parametrize(("before", "seen"), [(None, "1"), ("3,GPU-5f", "GPU-5f")])
+def test_a_process_sees_its_own_gpu(before: str | None, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first import on: the variable is there when the process starts, and not for others."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before) if before else monkeypatch.delenv(
+        "CUDA_VISIBLE_DEVICES", False
+    )
+    report = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    with sight_of(1):
+        assert subprocess.check_output([sys.executable, "-c", report], text=True).strip() == seen
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+    with sight_of(None):
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
 def test_a_gpu_with_runs_takes_another_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,4 +2,5 @@
 
 from rankrace.cli import main
 
-main()
+if __name__ == "__main__":  # processes of `bench run` import this file under another name
+    main()

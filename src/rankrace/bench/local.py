@@ -16,9 +16,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from rankrace.bench.store import Store
 from rankrace.interrupt import Interrupted
 
 POLL_S = 0.2
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 STOPPED = 130
 """The exit code of a run that a signal stopped, and that can go on."""
 LEFT_BYTES = 2**26
@@ -57,16 +59,18 @@ class Slot:
     """Room for one run at a time."""
 
     gpu: int | None
-    process: ForkServerProcess | None = None
+    process: ForkServerProcess | SpawnProcess | None = None
     pipe: Connection | None = None
     job: Job | None = None
 
-    def begin(self, job: Job, work: Work, context: ForkServerContext) -> None:
+    def begin(self, job: Job, work: Work, context: ForkServerContext | SpawnContext) -> None:
         if self.process is None:
             self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=serve, args=(theirs, work, self.gpu))
-            self.process.start()
+            process = context.Process(target=serve, args=(theirs, work, self.gpu is not None))
+            with sight_of(self.gpu):
+                process.start()
             theirs.close()
+            self.process = process
         assert self.pipe is not None
         self.job = job
         self.pipe.send(job)
@@ -95,10 +99,12 @@ def run_processes(
     experiment: Experiment, store: Store, upcoming: Next, device: str, save_s: float, slots: int, memory_gib: float
 ) -> Iterator[Record]:
     """In processes, at most `slots` runs at once; on a GPU a further one only where `memory_gib` are free."""
-    # A server that has all modules loaded, and no GPU in use, forks: a process starts at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rankrace.bench.job"])
     gpus = gpus_of(device)
+    # A server that has all modules loaded forks: a process starts at once. But no fork may use a GPU whose driver was
+    # set up before it, and some libraries (bitsandbytes) do that when they are loaded.
+    context = multiprocessing.get_context("spawn") if gpus else multiprocessing.get_context("forkserver")
+    if not gpus:
+        context.set_forkserver_preload(["rankrace.bench.job"])
     places = [Slot(gpu=gpus[i % len(gpus)] if gpus else None) for i in range(slots)]
     work = Work(
         experiment=experiment, folder=store.folder.absolute(), device="cuda" if gpus else device, save_s=save_s,
@@ -131,6 +137,20 @@ def gpus_of(device: str) -> list[int]:
         return []
     asked = None if device == "auto" else torch.device(device).index
     return list(range(torch.cuda.device_count())) if asked is None else [asked]
+
+
+@contextmanager
+def sight_of(gpu: int | None) -> Iterator[None]:
+    """Processes that are started meanwhile see this GPU alone, from their first import on."""
+    before = os.environ.get(VISIBLE)
+    if gpu is not None:
+        os.environ[VISIBLE] = before.split(",")[gpu] if before else str(gpu)
+    try:
+        yield
+    finally:
+        os.environ.pop(VISIBLE, None)
+        if before is not None:
+            os.environ[VISIBLE] = before
 
 
 def free_slot(slots: Sequence[Slot]) -> Slot | None:
@@ -190,10 +210,8 @@ def record_failure(experiment: Experiment, job: Job, folder: Path, error: str, s
 # --- in the process
 
 
-def serve(pipe: Connection, work: Work, gpu: int | None) -> None:
+def serve(pipe: Connection, work: Work, on_gpu: bool) -> None:
     """Does the runs that come through the pipe, until it is closed; says after each whether it can do another."""
-    if gpu is not None:
-        only_gpu(gpu)
     torch.set_num_threads(work.threads)
     threading.Thread(target=end_with_runner, daemon=True).start()
     try:
@@ -201,7 +219,7 @@ def serve(pipe: Connection, work: Work, gpu: int | None) -> None:
             job: Job = pipe.recv()
             log_to(work.folder / "logs" / f"{job.key}.log")
             record = perform(work.experiment, job, work.folder, work.device, work.save_s, work.sharing)
-            stays = gpu is not None and record["status"] == "done" and is_clean()
+            stays = on_gpu and record["status"] == "done" and is_clean()
             pipe.send(stays)
             if not stays:
                 return
@@ -209,12 +227,6 @@ def serve(pipe: Connection, work: Work, gpu: int | None) -> None:
         return
     except (Stopped, KeyboardInterrupt):
         sys.exit(STOPPED)
-
-
-def only_gpu(gpu: int) -> None:
-    """This process sees no other one. CUDA reads the variable at its first use, which is still to come."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
 
 
 def end_with_runner() -> None:
