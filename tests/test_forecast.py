@@ -100,7 +100,7 @@ def test_wide_models_take_short_passes() -> None:
     for size in zip(graph, eager, compiled, strict=True):
         assert list(size) == sorted(size), "what costs more to launch wants longer passes"
     assert eager[0] == compiled[0] == MOST_TOKENS
-    assert 6000 <= compiled[3] <= 8000, "measured at 7B: from about 6,000 tokens the chip does not wait"
+    assert 5000 <= compiled[3] <= 8000, "measured at 7B: at 6,200 tokens the chip waits for a fifteenth of the step"
     assert FULL_TOKENS < graph[0] < MOST_TOKENS
     assert graph[1:] == [FULL_TOKENS] * 4
 

@@ -15,7 +15,7 @@ from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, made_up, size_buckets
 from rankrace.train import passes
-from rankrace.train.loop import Recipe, Trainer
+from rankrace.train.loop import Recipe, Trainer, graph_sizes
 from rankrace.train.model import PackedModel
 from rankrace.train.passes import Eager, Graphs
 
@@ -224,3 +224,8 @@ def test_every_row_fits_into_a_bucket() -> None:
     padding = sum(next(b for b in buckets if b.holds(s)).tokens for s in sizes) / sum(s.tokens for s in sizes)
     assert padding < 1.15
     assert size_buckets(sizes[:1], 6)[0].holds(sizes[0])
+
+
+def test_more_passes_want_more_sizes_of_graphs() -> None:
+    """A size is captured for the padding that it saves: 80 steps want two of them, an epoch of SQuAD sixteen."""
+    assert [graph_sizes(passes) for passes in (1, 80, 1000, 4000, 30_000)] == [2, 2, 4, 8, 16]

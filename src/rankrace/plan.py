@@ -29,10 +29,9 @@ LOOK_ENOUGH = 64
 """Examples that a look measures at least, if there are as many; a short training gets fewer looks instead."""
 GPU_OPERATIONS = 4e14
 """Matrix products a second, in bfloat16, of the usual chip."""
-EAGER_SECONDS, COMPILED_SECONDS, GRAPH_SECONDS = 0.65e-3, 1.1e-3, 0.07e-3
+EAGER_SECONDS, COMPILED_SECONDS, GRAPH_SECONDS = 0.65e-3, 0.7e-3, 0.07e-3
 """What launching the kernels of one adapted layer and its surroundings takes, both ways: from Python, from compiled
-blocks (which save work of the chip, not of the host), in a CUDA graph. Measured on an H100, with blocks compiled in
-several pieces: docs/performance.md."""
+blocks (which save work of the chip, not of the host), in a CUDA graph. Measured on an H100: docs/performance.md."""
 HOST_TOKENS = 4096
 """Of a pass on a CPU: longer ones are not faster there."""
 LEAST_TOKENS, MOST_TOKENS = 512, 32768

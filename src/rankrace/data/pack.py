@@ -51,7 +51,7 @@ def size_buckets(sizes: Sequence[Size], count: int) -> list[Size]:
     buckets = []
     for low, high in itertools.pairwise(edges):
         group = by_tokens[low:high]
-        tokens, longest = -(-group[-1].tokens // 64) * 64, max(s.longest for s in group)
+        tokens, longest = -(-group[-1].tokens // 32) * 32, max(s.longest for s in group)
         buckets.append(
             Size(
                 tokens=tokens,

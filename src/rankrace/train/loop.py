@@ -33,8 +33,8 @@ from rankrace.train.trained import B
 
 R = TypeVar("R")
 
-GRAPH_SIZES = 6
-"""More sizes pad less, and cost a capture each."""
+MOST_SIZES = 16
+"""Of CUDA graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,15 @@ class Running:
     candidates: int
 
 
+def graph_sizes(passes: float) -> int:
+    """How many sizes of graphs so many passes want.
+
+    k sizes pad a row by about 1/(4k) of its length (SQuAD, GSM8K, SST-2: docs/performance.md), and each costs as long
+    as about 16 passes until it is captured: passes/(4k) + 16k is least at k = √(passes/64).
+    """
+    return max(2, min(MOST_SIZES, round((passes / 64) ** 0.5)))
+
+
 class Trainer(Generic[B]):
     """Optimiser steps over a bank.
 
@@ -118,7 +127,8 @@ class Trainer(Generic[B]):
         model = self.model
         self.passes = Eager(model)
         if self.recipe.graphs:
-            sizes = size_buckets(self.sizes(), GRAPH_SIZES)
+            sizes = self.sizes()
+            sizes = size_buckets(sizes, graph_sizes(len(sizes) * self.total / self.per_epoch))
             self.passes = Graphs(model, sizes, lambda tokens: self.groups(tokens, len(self.lr_K)))
 
     # --- which candidates train
