@@ -1,6 +1,7 @@
 """What the measurements share: models by their shapes, real lengths of examples, a clock."""
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -76,6 +77,36 @@ def versions(device: torch.device) -> dict[str, str]:
     """What the figures depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"device": name, **{p: version(p) for p in ("torch", "transformers", "peft")}}
+
+
+def matmul_rates(shape: str, device: torch.device, dtype: torch.dtype, seconds: float = 3.0) -> tuple[float, float]:
+    """TFLOP/s of plain products of the shape: of the best of them in a burst, and what the chip keeps up of it.
+
+    A burst is over before the chip's power is limited; a training is not.
+    """
+    D, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
+    T, large = (8192, 8192) if device.type == "cuda" else (64, D)
+    widths, rates = ((D, D), (D, inner), (inner, D), (large, large)), []
+
+    def product(D_in: int, D_out: int) -> Callable[[int], object]:
+        x_TD = torch.randn(T, D_in, device=device, dtype=dtype)
+        W_OD = torch.randn(D_out, D_in, device=device, dtype=dtype)
+        return lambda _: x_TD @ W_OD.T
+
+    for D_in, D_out in widths:
+        ms = milliseconds(product(D_in, D_out), range(60), device)[10:]
+        rates.append(2 * T * D_in * D_out / statistics.median(ms) / 1e9)
+    D_in, D_out = widths[rates.index(max(rates))]
+    run, times, done = product(D_in, D_out), 100, list[tuple[float, float]]()
+    began = time.perf_counter()
+    while not done or done[-1][0] < seconds:
+        at = time.perf_counter()
+        for i in range(times):
+            run(i)
+        synchronize(device)
+        now = time.perf_counter()
+        done.append((now - began, 2 * T * D_in * D_out * times / (now - at) / 1e12))
+    return max(rates), statistics.median(rate for at, rate in done if at >= seconds * 2 / 3)
 
 
 def synchronize(device: torch.device) -> None:
