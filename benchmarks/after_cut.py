@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.study import ALPHA, Study, arguments, described, ended, run_units
 from rankrace.bank import Bank, Candidates, Spectrum, carried
-from rankrace.train.loop import Trainer
+from rankrace.training.loop import Trainer
 
 WIDE = 64
 CUT = 0.15

@@ -28,7 +28,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data, load_data
 from rankrace.data.encoded import Task
 from rankrace.session import chosen_device, chosen_dtype, prepare
-from rankrace.train.model import is_encoder, load_model, load_tokenizer
+from rankrace.training.model import is_encoder, load_model, load_tokenizer
 
 
 def adaptive(config: RunConfig, data: Data) -> dict[str, Any]:

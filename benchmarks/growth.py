@@ -46,12 +46,12 @@ from benchmarks.shapes import (
 from rankrace.bank import Bank
 from rankrace.plan import graph_worth
 from rankrace.report.canvas import INK, RAMP, WIDE, canvas, to_svg
-from rankrace.train.compiled import compile_blocks
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.memory import gauge
-from rankrace.train.model import PackedModel
-from rankrace.train.passes import Graphs
-from rankrace.train.recompute import recompute_blocks
+from rankrace.training.compiled import compile_blocks
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.memory import gauge
+from rankrace.training.model import PackedModel
+from rankrace.training.passes import Graphs
+from rankrace.training.recompute import recompute_blocks
 
 RANK, SUPERVISED = 16, 0.1
 

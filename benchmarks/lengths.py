@@ -21,7 +21,7 @@ from rankrace.data.files import Rows, read_file
 from rankrace.data.sources import SourceRows
 from rankrace.tasks import find_task
 from rankrace.tasks.medqa import medmcqa_rows
-from rankrace.train.model import load_tokenizer
+from rankrace.training.model import load_tokenizer
 
 FILE = Path(__file__).with_name("lengths.json")
 DRAWN = 512

@@ -4,7 +4,7 @@
     python -m benchmarks.memory --tiny --out FILE.json        the same with tiny shapes, on any device
 
 Random weights, made on the device: memory does not depend on their values. Predicted is what `rankrace plan` would
-say, from rows of 256 and 512 tokens (`rankrace.train.memory.probe`); measured is the peak of two whole steps on a
+say, from rows of 256 and 512 tokens (`rankrace.training.memory.probe`); measured is the peak of two whole steps on a
 batch whose rows fill the budget. On a GPU both are the allocator's bytes, all of them. On a CPU, where a process's
 peak cannot be told from an earlier one, they are those of tensors alone, beside what lies there between steps.
 
@@ -28,9 +28,9 @@ from rankrace.data.encoded import Encoded, Task
 from rankrace.data.pack import Size
 from rankrace.plan import candidate_bytes
 from rankrace.run import versions
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.memory import gauge, held_bytes, probe
-from rankrace.train.model import PackedModel
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.memory import gauge, held_bytes, probe
+from rankrace.training.model import PackedModel
 
 
 @dataclass(frozen=True, kw_only=True)

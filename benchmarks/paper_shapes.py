@@ -33,8 +33,8 @@ from rankrace.data import Data
 from rankrace.methods import find_method
 from rankrace.select.shrink import PLANS
 from rankrace.session import recipe_of
-from rankrace.train.loop import Trainer
-from rankrace.train.model import PackedModel
+from rankrace.training.loop import Trainer
+from rankrace.training.model import PackedModel
 
 QUESTIONS, EPOCHS, BATCH, LR = ROWS["squad2"], 3, 32, 1e-4
 STEPS = EPOCHS * -(-QUESTIONS // BATCH)

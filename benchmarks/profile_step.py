@@ -25,9 +25,9 @@ from benchmarks.lengths import ROWS, read_lengths
 from benchmarks.shapes import SHAPES, made_up, peak_bytes, random_model, synchronize
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
-from rankrace.train.compiled import compile_blocks, uncompile
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.model import PackedModel
+from rankrace.training.compiled import compile_blocks, uncompile
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.model import PackedModel
 
 WAYS = ("eager", "compiled", "graphs", "compiled-graphs")
 

@@ -69,10 +69,10 @@ from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.learning_rate import multiplier
 from rankrace.select.shrink import STABLE_LOOKS, Shrink
 from rankrace.session import recipe_of
-from rankrace.train import attention
-from rankrace.train.compiled import compile_blocks, uncompile
-from rankrace.train.loop import Trainer
-from rankrace.train.model import PackedModel, load_model
+from rankrace.training import attention
+from rankrace.training.compiled import compile_blocks, uncompile
+from rankrace.training.loop import Trainer
+from rankrace.training.model import PackedModel, load_model
 
 BATCH, EPOCHS, LR, ALPHA = 32, 3, 1e-4, 16.0
 RANKS, WIDE, FINAL = (2, 4, 8, 16, 32), 64, 8

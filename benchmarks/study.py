@@ -28,9 +28,9 @@ from rankrace.select.learning_rate import default_lr, multiplier
 from rankrace.select.statistics import paired_difference
 from rankrace.session import recipe_of
 from rankrace.tasks import find_task
-from rankrace.train.compiled import compile_blocks
-from rankrace.train.loop import Measured, Trainer
-from rankrace.train.model import PackedModel, load_model, load_tokenizer
+from rankrace.training.compiled import compile_blocks
+from rankrace.training.loop import Measured, Trainer
+from rankrace.training.model import PackedModel, load_model, load_tokenizer
 
 ALPHA = 32.0
 LOOKED, FRESH = 256, 512

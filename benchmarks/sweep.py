@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.study import Study, arguments, described, ended, multipliers, run_units
 from rankrace.bank import Bank, Candidates
-from rankrace.train.loop import Trainer
+from rankrace.training.loop import Trainer
 
 RANKS = (1, 2, 4, 8, 12, 16, 32, 64)
 WIDE = len(RANKS) - 1

@@ -8,8 +8,8 @@ from torch import Tensor
 from examples import examples
 from models import CLASSIFYING, tiny
 from rankrace.bank import Bank
-from rankrace.train.model import PackedModel
-from rankrace.train.passes import Eager
+from rankrace.training.model import PackedModel
+from rankrace.training.passes import Eager
 
 RANKS = (4, 2, 7)
 

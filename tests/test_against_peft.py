@@ -26,7 +26,7 @@ from rankrace.data.pack import epoch_batches
 from rankrace.progress import Progress
 from rankrace.run import open_session
 from rankrace.session import Session
-from rankrace.train.model import load_model
+from rankrace.training.model import load_model
 
 RANK, ALPHA, BATCH, CLIP, STEPS = 6, 32, 4, 1.0, 6
 DECAY = 1.0

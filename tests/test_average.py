@@ -21,10 +21,10 @@ from rankrace.select.opening import Opening
 from rankrace.select.race import Race
 from rankrace.select.search import Search, Setting
 from rankrace.session import Session
-from rankrace.train.average import LATENESS, Average
-from rankrace.train.checkpoint import load_checkpoint, save_checkpoint
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.model import PackedModel
+from rankrace.training.average import LATENESS, Average
+from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.model import PackedModel
 
 T = 40
 

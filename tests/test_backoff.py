@@ -15,10 +15,10 @@ from rankrace import RankraceError
 from rankrace.bank import Bank
 from rankrace.data.pack import Packed
 from rankrace.methods.parameters import Parameters
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.memory import out_of_memory
-from rankrace.train.model import PackedModel, TokenLosses
-from rankrace.train.passes import Eager
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.memory import out_of_memory
+from rankrace.training.model import PackedModel, TokenLosses
+from rankrace.training.passes import Eager
 
 RANKS = (4, 2, 8)
 RECIPE = Recipe(

@@ -15,8 +15,8 @@ from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank, adapter_of, save_adapter
 from rankrace.bank.dropout import DropoutKeys, dropped
 from rankrace.errors import RankraceError
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.model import PackedModel
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.model import PackedModel
 
 RANKS = (2, 3, 8, 12)
 ALPHA = 16.0

@@ -465,7 +465,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path, bert: Path) 
 def test_out_of_memory_is_recorded(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from rankrace.train.loop import Trainer
+    from rankrace.training.loop import Trainer
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -15,9 +15,9 @@ from models import tiny
 from onepass import prepared
 from rankrace.bank import Bank
 from rankrace.choose import lent
-from rankrace.train import attention
-from rankrace.train.compiled import blocks, compile_blocks, uncompile
-from rankrace.train.model import PackedModel
+from rankrace.training import attention
+from rankrace.training.compiled import blocks, compile_blocks, uncompile
+from rankrace.training.model import PackedModel
 
 # torch's own, as it traces.
 pytestmark = [

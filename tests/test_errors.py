@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 from commandline import Ran, assert_refused, rankrace
 from rankrace import output, result, run
 from rankrace.result import Result
-from rankrace.train import checkpoint
+from rankrace.training import checkpoint
 from tinyfolder import PARITIES, SHORT, SMALLEST_LAYER, SUMS, tiny_bert, tiny_llama, write_rows
 
 READ = ("train", "search", "preview")

@@ -21,8 +21,8 @@ from rankrace.evaluate.predict import classified, predict, row_scores, training_
 from rankrace.methods.parameters import Parameters
 from rankrace.session import recipe_of
 from rankrace.tasks import find_task
-from rankrace.train.loop import Trainer
-from rankrace.train.model import PackedModel, load_model, load_tokenizer
+from rankrace.training.loop import Trainer
+from rankrace.training.model import PackedModel, load_model, load_tokenizer
 
 EOS = 2
 """Of the tiny models."""

@@ -27,8 +27,8 @@ from rankrace.select.objective import Held, Objective, linear_penalty, log2_pena
 from rankrace.select.search import Search, Setting
 from rankrace.select.shrink import Shrink
 from rankrace.session import Session
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.model import PackedModel
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.model import PackedModel
 from tinyfolder import SHORT, SUMS, tiny_llama, write_rows
 
 OTHERS = [{"prompt": f"{a} times {b} is", "completion": f" {a * b}"} for a in range(10) for b in range(10)]

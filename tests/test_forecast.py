@@ -23,9 +23,9 @@ from rankrace.plan import (
     launch_seconds,
     worthwhile_tokens,
 )
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.memory import Meter, PassCost, Plane, probe
-from rankrace.train.model import PackedModel
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.memory import Meter, PassCost, Plane, probe
+from rankrace.training.model import PackedModel
 from tinyfolder import SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 
 

@@ -39,13 +39,13 @@ from rankrace.errors import RankraceError
 from rankrace.evaluate.generate import answer, remembering
 from rankrace.methods import find_method
 from rankrace.methods.parameters import Parameters
-from rankrace.train.attention import HAS_WINDOW, Layout, varlen
-from rankrace.train.compiled import compile_blocks, uncompile
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.memory import free_caches
-from rankrace.train.model import PackedModel
-from rankrace.train.passes import Eager
-from rankrace.train.recompute import recomputing
+from rankrace.training.attention import HAS_WINDOW, Layout, varlen
+from rankrace.training.compiled import compile_blocks, uncompile
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.memory import free_caches
+from rankrace.training.model import PackedModel
+from rankrace.training.passes import Eager
+from rankrace.training.recompute import recomputing
 
 RANKS = (4, 2, 12)
 RECIPE = Recipe(

@@ -25,10 +25,10 @@ from rankrace.merge import merge
 from rankrace.progress import Progress
 from rankrace.run import open_session
 from rankrace.session import Session
-from rankrace.train.checkpoint import load_checkpoint, save_checkpoint
-from rankrace.train.compiled import compile_blocks
-from rankrace.train.loop import Trainer
-from rankrace.train.model import PackedModel
+from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
+from rankrace.training.compiled import compile_blocks
+from rankrace.training.loop import Trainer
+from rankrace.training.model import PackedModel
 from test_bank import STEPS, in_bank, plain_steps, same_factors
 from tinyfolder import SUMS, tiny_llama, write_rows
 

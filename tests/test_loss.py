@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rankrace.data.pack import IGNORED
-from rankrace.train.loss import chunked_cross_entropy
+from rankrace.training.loss import chunked_cross_entropy
 
 M, D, V = 11, 6, 17
 

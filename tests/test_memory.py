@@ -17,9 +17,9 @@ from rankrace.data.pack import Batch
 from rankrace.select.objective import Held, Objective, log2_penalty
 from rankrace.select.search import Search, Setting
 from rankrace.select.shrink import Shrink
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.memory import Meter
-from rankrace.train.model import PackedModel
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.memory import Meter
+from rankrace.training.model import PackedModel
 
 RANKS = (2, 4, 8, 16, 32)
 ROWS, LENGTH = 8, 128

@@ -24,8 +24,8 @@ from rankrace.methods.fixed import Fixed
 from rankrace.methods.houlsby import add_bottlenecks
 from rankrace.methods.parameters import Parameters
 from rankrace.session import recipe_of
-from rankrace.train.loop import Trainer
-from rankrace.train.model import PackedModel, load_model, load_tokenizer
+from rankrace.training.loop import Trainer
+from rankrace.training.model import PackedModel, load_model, load_tokenizer
 from tinyfolder import PARITIES, SUMS, tiny_bert, tiny_llama, write_rows
 
 ON_CPU = [name for name, method in METHODS.items() if not method.gpu_only and name != "base"]

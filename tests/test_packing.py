@@ -14,10 +14,10 @@ from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, made_up, size_buckets
-from rankrace.train import passes
-from rankrace.train.loop import Recipe, Trainer, graph_sizes
-from rankrace.train.model import PackedModel
-from rankrace.train.passes import Eager, Graphs
+from rankrace.training import passes
+from rankrace.training.loop import Recipe, Trainer, graph_sizes
+from rankrace.training.model import PackedModel
+from rankrace.training.passes import Eager, Graphs
 
 RECIPE = Recipe(
     epochs=1, max_steps=None, batch_size=8, micro_tokens=10_000, schedule="constant", warmup=0.0,

@@ -30,11 +30,11 @@ from rankrace.bank.base.fp8 import Fp8Linear, rounded
 from rankrace.config import Quantize
 from rankrace.errors import RankraceError
 from rankrace.methods.peft_lora import wrapped
-from rankrace.train.compiled import compile_blocks
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.memory import Meter
-from rankrace.train.model import PackedModel
-from rankrace.train.passes import Eager
+from rankrace.training.compiled import compile_blocks
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.memory import Meter
+from rankrace.training.model import PackedModel
+from rankrace.training.passes import Eager
 from tinyfolder import PARITIES, SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import EncodedSet
 from rankrace.plan import probed
-from rankrace.train.compiled import blocks, compile_blocks
-from rankrace.train.memory import Meter, probe
-from rankrace.train.model import PackedModel
-from rankrace.train.recompute import recompute_blocks, recomputing
+from rankrace.training.compiled import blocks, compile_blocks
+from rankrace.training.memory import Meter, probe
+from rankrace.training.model import PackedModel
+from rankrace.training.recompute import recompute_blocks, recomputing
 from tinyfolder import SHORT, SUMS, tiny_llama, write_rows
 
 # torch's own, as it traces.

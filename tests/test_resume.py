@@ -33,7 +33,7 @@ from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.interrupt import Interrupts
 from rankrace.run import continued
-from rankrace.train.checkpoint import load_checkpoint, save_checkpoint
+from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
 from tinyfolder import tiny_llama
 
 STEPS, SAVE_EVERY = 21, 2

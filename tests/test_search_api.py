@@ -24,7 +24,7 @@ from transformers import (
 
 import rankrace
 from rankrace.data.encoded import Task
-from rankrace.train.loop import Trainer
+from rankrace.training.loop import Trainer
 from tinyfolder import PARITIES, SMALLEST_LAYER, SUMS, tiny_bert, tiny_llama
 
 TASKS: tuple[Task, ...] = ("causal", "classification")

@@ -18,8 +18,8 @@ from rankrace.bank.dropout import DropoutKeys, dropped
 from rankrace.bank.linear import BankLinear, BankSwitch, Siblings
 from rankrace.bank.opaque import Opaque, can_be_opaque
 from rankrace.data.encoded import Encoded
-from rankrace.train.model import PackedModel
-from rankrace.train.passes import Eager
+from rankrace.training.model import PackedModel
+from rankrace.training.passes import Eager
 
 D_IN, D_OUTS = 12, (10, 6, 9)
 

@@ -21,8 +21,8 @@ from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held
 from rankrace.select.search import Search, Setting
 from rankrace.select.strategy import Bench, Look, Start, Strategy
-from rankrace.train.loop import Recipe, Trainer
-from rankrace.train.model import PackedModel
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.model import PackedModel
 
 MICRO_TOKENS = 4096
 

@@ -22,7 +22,7 @@ from rankrace.report.text import doubts
 from rankrace.run import alarm_if_diverged, decision_of, open_session, reason_of, task_of
 from rankrace.select.objective import Point
 from rankrace.session import Session, prepare
-from rankrace.train.model import load_tokenizer, vocabulary_size
+from rankrace.training.model import load_tokenizer, vocabulary_size
 
 NOT_OF_A_SEARCH = {"data", "out", "resume", "save_every", "track", "device", "dtype", "quantize"}
 """Options that mean nothing where model and rows are given as they are."""

@@ -5,6 +5,7 @@ What a command finds goes to stdout, so that it can be piped; everything else go
 
 import inspect
 import io
+import logging
 import sys
 import textwrap
 import types
@@ -88,12 +89,15 @@ def main() -> None:
 
 def quieten() -> None:
     """Keeps what libraries say about themselves off the terminal, but for the progress of downloads."""
+    # Where it is installed PEFT imports it, and it warns of a CPU kernel that nobody asked for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as of_transformers
 
     downloads = not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
     if downloads:
         enable_progress_bars()
     warnings.simplefilter("ignore", FutureWarning)
@@ -303,9 +307,9 @@ def merge(
     model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
 ) -> None:
     """Merge an adapter into its 16-bit base model and verify the logits."""
+    quieten()
     from rankrace.merge import merge as run
 
-    quieten()
     worst = run(adapter, out_folder, model)
     out.print(f"merged into {out_folder}; largest difference of a logit: {worst:.2g}", markup=False)
 
@@ -323,10 +327,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Draws the validation part, where the task has none.")] = 0,
 ) -> None:
     """Measure an adapter on a task."""
+    quieten()
     from rankrace.evaluate.command import evaluate as run
     from rankrace.evaluate.command import one_of
 
-    quieten()
     one_of("part", part, ("test", "validation"))
     one_of("evaluator", evaluator, ("rankrace", "lm-eval"))
     if evaluator == "lm-eval":
@@ -361,10 +365,10 @@ def bench_run(
     retry_failed: Annotated[bool, typer.Option(help="Run again what has failed.")] = False,
 ) -> None:
     """Run what is missing of an experiment; failures are recorded and do not stop the rest."""
+    quieten()
     from rankrace.bench.run import run_experiment
     from rankrace.evaluate.command import one_of
 
-    quieten()
     one_of("runner", runner, ("local", "ray"))
     folder = out_folder or Path("results") / experiment.stem
     done, failed, left = run_experiment(

@@ -33,9 +33,9 @@ from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.opening import SHARE
 from rankrace.select.race import HEATS, MOST
 from rankrace.session import ready
-from rankrace.train.loop import Trainer
-from rankrace.train.memory import PassCost, free_bytes, held_bytes, probe
-from rankrace.train.passes import Graphs
+from rankrace.training.loop import Trainer
+from rankrace.training.memory import PassCost, free_bytes, held_bytes, probe
+from rankrace.training.passes import Graphs
 
 TIMED_TOKENS = 512
 """Of the pass that is timed on a CPU; on a GPU a whole step is."""

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rankrace.errors import RankraceError
 from rankrace.result import Result
-from rankrace.train.checkpoint import written_whole
-from rankrace.train.model import load_tokenizer, readable
+from rankrace.training.checkpoint import written_whole
+from rankrace.training.model import load_tokenizer, readable
 
 TOLERANCE = 0.05
 """Largest difference of a logit, as a share of the largest logit, that rounding to 16 bits explains."""

@@ -16,10 +16,10 @@ from rankrace.select.build import widest
 from rankrace.select.learning_rate import default_lr, rates_tried
 from rankrace.select.race import HEATS, PROBE
 from rankrace.select.shrink import PLANS
-from rankrace.train.loop import Trainer
-from rankrace.train.memory import PassCost, free_bytes, free_caches, out_of_memory, probe
-from rankrace.train.model import PackedModel
-from rankrace.train.recompute import recomputing
+from rankrace.training.loop import Trainer
+from rankrace.training.memory import PassCost, free_bytes, free_caches, out_of_memory, probe
+from rankrace.training.model import PackedModel
+from rankrace.training.recompute import recomputing
 
 Switch = Literal["on", "off"]
 

@@ -44,9 +44,9 @@ from rankrace.select.reason import is_confident, reason
 from rankrace.select.statistics import mean_and_se
 from rankrace.session import Session, chosen_device, chosen_dtype, prepare
 from rankrace.track import Curves, check_tracker, tracked
-from rankrace.train.checkpoint import load_checkpoint, save_checkpoint, written_whole
-from rankrace.train.loop import Measured
-from rankrace.train.model import is_encoder, load_model, load_tokenizer, vocabulary_size
+from rankrace.training.checkpoint import load_checkpoint, save_checkpoint, written_whole
+from rankrace.training.loop import Measured
+from rankrace.training.model import is_encoder, load_model, load_tokenizer, vocabulary_size
 
 SOURCES: tuple[Source, ...] = ("direct", "truncated")
 SAVES = 20

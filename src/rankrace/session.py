@@ -23,10 +23,10 @@ from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held, linear_penalty
 from rankrace.select.search import Search, SearchState, Setting
-from rankrace.train.compiled import compile_blocks
-from rankrace.train.loop import Measured, Recipe, Trainer
-from rankrace.train.model import PackedModel
-from rankrace.train.recompute import recompute_blocks
+from rankrace.training.compiled import compile_blocks
+from rankrace.training.loop import Measured, Recipe, Trainer
+from rankrace.training.model import PackedModel
+from rankrace.training.recompute import recompute_blocks
 
 FRESH_LEAST = 10
 """With fewer examples than this in each half, validation is not halved."""

@@ -22,8 +22,8 @@ from rankrace.progress import peak_bytes
 from rankrace.run import alarm_if_diverged, versions
 from rankrace.session import chosen_device, chosen_dtype
 from rankrace.tasks import find_task
-from rankrace.train.checkpoint import load_checkpoint, save_checkpoint
-from rankrace.train.model import is_encoder
+from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
+from rankrace.training.model import is_encoder
 
 SAVE_S = 60.0
 """Seconds between checkpoints: a run that is killed loses at most these."""

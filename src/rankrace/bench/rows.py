@@ -17,7 +17,7 @@ from rankrace.data.sources import SourceRows
 from rankrace.data.split import draw
 from rankrace.evaluate.predict import training_rows
 from rankrace.tasks import Splits, Task, find_task
-from rankrace.train.model import load_tokenizer
+from rankrace.training.model import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

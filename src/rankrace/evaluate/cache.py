@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from rankrace.train.attention import Layout, packed_attention
+from rankrace.training.attention import Layout, packed_attention
 
 NAME = "rankrace_remembering"
 

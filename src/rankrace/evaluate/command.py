@@ -18,8 +18,8 @@ from rankrace.merge import attached, description, labels
 from rankrace.methods.parameters import Parameters
 from rankrace.session import chosen_device, chosen_dtype, recipe_of
 from rankrace.tasks import find_task
-from rankrace.train.loop import Trainer
-from rankrace.train.model import PackedModel, load_tokenizer, readable
+from rankrace.training.loop import Trainer
+from rankrace.training.model import PackedModel, load_tokenizer, readable
 
 MICRO_TOKENS = 4096
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankrace.data.encoded import NO_LABEL, Encoded
 from rankrace.data.pack import pack, validation_batches
 from rankrace.evaluate.cache import NAME, Cache, Filling
-from rankrace.train import attention
-from rankrace.train.model import PackedModel
+from rankrace.training import attention
+from rankrace.training.model import PackedModel
 
 MOST_PROMPTS = 1024
 """Of a batch: each needs a row of logits."""

@@ -8,7 +8,7 @@ import yaml
 
 from rankrace.errors import RankraceError
 from rankrace.evaluate.command import with_adapter
-from rankrace.train.model import load_tokenizer
+from rankrace.training.model import load_tokenizer
 
 
 def evaluate_with_lm_eval(

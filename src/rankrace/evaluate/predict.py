@@ -20,7 +20,7 @@ from rankrace.errors import RankraceError
 from rankrace.evaluate.generate import generate
 from rankrace.tasks import Task
 from rankrace.tasks.glue import labelled
-from rankrace.train.loop import Trainer
+from rankrace.training.loop import Trainer
 
 
 def training_rows(task: Task, rows: Rows, *, classification: bool) -> Rows:

@@ -17,8 +17,8 @@ from rankrace.methods.method import PlainLoad, Running
 from rankrace.methods.parameters import Parameters
 from rankrace.methods.peft_lora import shared, trainable, wrapped
 from rankrace.select.learning_rate import default_lr
-from rankrace.train.loop import Trainer
-from rankrace.train.optimizer import Optimizer
+from rankrace.training.loop import Trainer
+from rankrace.training.optimizer import Optimizer
 
 WARM, TAIL = 0.1, 0.3
 """The shares of the steps before the first and after the last change of the budget."""

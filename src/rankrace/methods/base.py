@@ -13,8 +13,8 @@ from rankrace.methods.method import Described, PlainLoad, Running
 from rankrace.methods.parameters import Parameters
 from rankrace.plan import default_micro_tokens
 from rankrace.session import recipe_of
-from rankrace.train.loop import Trainer
-from rankrace.train.model import PackedModel
+from rankrace.training.loop import Trainer
+from rankrace.training.model import PackedModel
 
 
 class Base(PlainLoad):

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
-from rankrace.train.loop import Trainer
-from rankrace.train.model import load_model
+from rankrace.training.loop import Trainer
+from rankrace.training.model import load_model
 
 
 class Running(Protocol):

@@ -13,7 +13,7 @@ from rankrace.methods.method import Running
 from rankrace.methods.parameters import Parameters
 from rankrace.methods.peft_lora import shared, trainable, wrapped
 from rankrace.select.learning_rate import default_lr
-from rankrace.train.model import load_model
+from rankrace.training.model import load_model
 
 
 class QLora:

@@ -14,7 +14,7 @@ from rankrace.methods.method import Described, PlainLoad, Running
 from rankrace.run import reason_of
 from rankrace.select.learning_rate import default_lr
 from rankrace.session import Session, prepare
-from rankrace.train.loop import Trainer
+from rankrace.training.loop import Trainer
 
 
 class Rankrace(PlainLoad):

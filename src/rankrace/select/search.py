@@ -17,7 +17,7 @@ from rankrace.bank import Bank, Candidates, Spectrum, allocate
 from rankrace.data.encoded import Encoded
 from rankrace.select.objective import Held, Source, Trial
 from rankrace.select.strategy import Cut, Keep, Look, Strategy
-from rankrace.train.loop import Trainer
+from rankrace.training.loop import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Packed, Size
-from rankrace.train.loss import chunked_cross_entropy
-from rankrace.train.model import PackedModel
+from rankrace.training.loss import chunked_cross_entropy
+from rankrace.training.model import PackedModel
 
 PROBE_LENGTH = 256
 """Tokens of the longest example in a probe, if any is as long; rows of 256 and 512 fit where any training does."""

@@ -29,9 +29,9 @@ from rankrace.config import Quantize
 from rankrace.data.encoded import NO_LABEL, Encoded, Task
 from rankrace.data.pack import Packed, pack
 from rankrace.errors import RankraceError
-from rankrace.train import attention
-from rankrace.train.loss import chunked_cross_entropy
-from rankrace.train.trained import B
+from rankrace.training import attention
+from rankrace.training.loss import chunked_cross_entropy
+from rankrace.training.trained import B
 
 
 @dataclass(frozen=True, kw_only=True)

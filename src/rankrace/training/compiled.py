@@ -21,7 +21,7 @@ from rankrace.bank.base.fp8 import rounded
 from rankrace.bank.dropout import dropped
 from rankrace.bank.linear import BankLinear, fix_width
 from rankrace.bank.opaque import Opaque, can_be_opaque
-from rankrace.train import attention
+from rankrace.training import attention
 
 APART = "rankrace_packed_apart"
 

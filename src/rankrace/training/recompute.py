@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from rankrace.bank import Bank
 from rankrace.bank.linear import BankLinear
-from rankrace.train.compiled import blocks
+from rankrace.training.compiled import blocks
 
 
 def recompute_blocks(bank: Bank) -> None:

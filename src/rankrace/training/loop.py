@@ -23,13 +23,13 @@ from rankrace.bank import Bank, Candidates, Spectrum, carried
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Size, epoch_batches, size_buckets, validation_batches
 from rankrace.errors import RankraceError
-from rankrace.train.average import Average
-from rankrace.train.memory import free_caches, out_of_memory
-from rankrace.train.model import PackedModel
-from rankrace.train.optimizer import BankAdamW, Optimizer
-from rankrace.train.passes import Eager, Graphs
-from rankrace.train.schedule import Schedule
-from rankrace.train.trained import B
+from rankrace.training.average import Average
+from rankrace.training.memory import free_caches, out_of_memory
+from rankrace.training.model import PackedModel
+from rankrace.training.optimizer import BankAdamW, Optimizer
+from rankrace.training.passes import Eager, Graphs
+from rankrace.training.schedule import Schedule
+from rankrace.training.trained import B
 
 R = TypeVar("R")
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rankrace.bank.flat import Flat
 from rankrace.data.pack import Packed, Size
-from rankrace.train.memory import free_caches
-from rankrace.train.model import PackedModel
+from rankrace.training.memory import free_caches
+from rankrace.training.model import PackedModel
 
 
 class Eager:
