@@ -20,7 +20,7 @@ from rankrace.plan import (
     Switch,
     candidate_bytes,
     graphs_worth,
-    launch_seconds,
+    way_of,
     worthwhile_tokens,
 )
 from rankrace.training.loop import Recipe, Trainer
@@ -91,8 +91,8 @@ def test_wide_models_take_short_passes() -> None:
     """A pass of a small model is launching; one of a large model is products, and more tokens are only memory."""
 
     def tokens(compiled: Switch, graphs: Switch) -> list[int]:
-        launch = launch_seconds(compiled, graphs)
-        return [worthwhile_tokens(LlamaConfig(hidden_size=D, intermediate_size=inner), launch) for D, inner in SHAPES]
+        way = way_of(compiled, graphs)
+        return [worthwhile_tokens(LlamaConfig(hidden_size=D, intermediate_size=inner), way) for D, inner in SHAPES]
 
     eager, compiled, graph = tokens("off", "off"), tokens("on", "off"), tokens("on", "on")
     for all_sizes in (eager, compiled, graph):
@@ -100,7 +100,7 @@ def test_wide_models_take_short_passes() -> None:
     for size in zip(graph, eager, compiled, strict=True):
         assert list(size) == sorted(size), "what costs more to launch wants longer passes"
     assert eager[0] == compiled[0] == MOST_TOKENS
-    assert 5000 <= compiled[3] <= 8000, "measured at 7B: at 6,200 tokens the chip waits for a fifteenth of the step"
+    assert 6200 <= compiled[3] <= 8000, "measured at 7B: at 6,200 tokens the chip waits for a fifteenth of the step"
     assert FULL_TOKENS < graph[0] < MOST_TOKENS
     assert graph[1:] == [FULL_TOKENS] * 4
 

@@ -27,11 +27,6 @@ LOOK_SHARE, FRESH_SHARE = 0.10, 0.05
 """What the looks, and the first and last figures, may cost, as shares of the training's own work."""
 LOOK_ENOUGH = 64
 """Examples that a look measures at least, if there are as many; a short training gets fewer looks instead."""
-GPU_OPERATIONS = 4e14
-"""Matrix products a second, in bfloat16, of the usual chip."""
-EAGER_SECONDS, COMPILED_SECONDS, GRAPH_SECONDS = 0.65e-3, 0.7e-3, 0.07e-3
-"""What launching the kernels of one adapted layer and its surroundings takes, both ways: from Python, from compiled
-blocks (which save work of the chip, not of the host), in a CUDA graph. Measured on an H100: docs/performance.md."""
 HOST_TOKENS = 4096
 """Of a pass on a CPU: longer ones are not faster there."""
 LEAST_TOKENS, MOST_TOKENS = 512, 32768
@@ -48,6 +43,20 @@ REFINEMENTS = 4
 """Ranks that a refined choice measures beside its curve, about."""
 COMPILE_WORTH = 120.0
 """Seconds of work from which 20 seconds of compiling are repaid."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """To run a pass on a GPU, as measured on an H100 in bfloat16: docs/performance.md."""
+
+    launch_s: float
+    """Seconds until the kernels of one adapted layer and its surroundings are launched, forward and backward."""
+    operations: float
+    """Of matrix products a second, with the time of all other kernels in it."""
+
+
+EAGER, COMPILED, GRAPHS = Way(0.65e-3, 4e14), Way(0.7e-3, 5.4e14), Way(0.07e-3, 4e14)
+"""Compiling saves work of the chip, not of the host, and a CUDA graph that of the host."""
 
 
 def resolved(config: RunConfig, data: Data, packed: PackedModel[Bank], task: Task) -> RunConfig:
@@ -81,10 +90,10 @@ def compiling(config: RunConfig, data: Data, bank: Bank) -> Switch:
     """
     if bank.device.type != "cuda":
         return "off"
-    products = products_seconds(bank, float(data.train.lengths.mean()) * config.batch_size)
+    products = products_seconds(bank, float(data.train.lengths.mean()) * config.batch_size, EAGER)
     steps = config.epochs * len(data.train) / config.batch_size
     steps = steps if config.max_steps is None else min(steps, config.max_steps)
-    return "on" if steps * max(products, GRAPH_SECONDS * len(bank.layers)) > COMPILE_WORTH else "off"
+    return "on" if steps * max(products, GRAPHS.launch_s * len(bank.layers)) > COMPILE_WORTH else "off"
 
 
 def graphs_worth(data: Data, batch_size: int, bank: Bank, micro_tokens: int, compiled: Switch) -> Switch:
@@ -99,20 +108,20 @@ def graphs_worth(data: Data, batch_size: int, bank: Bank, micro_tokens: int, com
 
 def graph_worth(bank: Bank, tokens: float, compiled: Switch) -> bool:
     """The same of a pass of so many tokens, over all candidates in it."""
-    launches = launch_seconds(compiled, "off") * len(bank.layers)
-    return bank.device.type == "cuda" and launches > GRAPHS_WORTH * products_seconds(bank, tokens)
+    way = way_of(compiled, "off")
+    launches = way.launch_s * len(bank.layers)
+    return bank.device.type == "cuda" and launches > GRAPHS_WORTH * products_seconds(bank, tokens, way)
 
 
-def products_seconds(bank: Bank, tokens: float) -> float:
+def products_seconds(bank: Bank, tokens: float, way: Way) -> float:
     """Of all layers' products with the frozen weights, forward and backward."""
-    return 4 * sum(layer.d_in * layer.d_out for layer in bank.layers.values()) * tokens / GPU_OPERATIONS
+    return 4 * sum(layer.d_in * layer.d_out for layer in bank.layers.values()) * tokens / way.operations
 
 
-def launch_seconds(compiled: Switch, graphs: Switch) -> float:
-    """Of an adapted layer, in a pass that runs so."""
+def way_of(compiled: Switch, graphs: Switch) -> Way:
     if graphs == "on":
-        return GRAPH_SECONDS
-    return COMPILED_SECONDS if compiled == "on" else EAGER_SECONDS
+        return GRAPHS
+    return COMPILED if compiled == "on" else EAGER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +150,7 @@ class Fitting:
 
         def within(cost: PassCost, graphs: Switch) -> int:
             tokens = cost.tokens_in(room, padding_of(data)) // 512 * 512
-            return chosen or max(
-                LEAST_TOKENS, min(worthwhile_tokens(shape, launch_seconds(compiled, graphs)), tokens)
-            )
+            return chosen or max(LEAST_TOKENS, min(worthwhile_tokens(shape, way_of(compiled, graphs)), tokens))
 
         return Fitting(plain=within(cost, "off"), with_graphs=within(cost.apart, "on"), recompute=recompute)
 
@@ -165,18 +172,15 @@ def probed(config: RunConfig, data: Data, packed: PackedModel[Bank], room: float
         return True, probe(packed, data.train.examples)
 
 
-def worthwhile_tokens(shape: PreTrainedConfig, launch: float) -> int:
+def worthwhile_tokens(shape: PreTrainedConfig, way: Way) -> int:
     """Of a pass on a GPU: longer ones are hardly faster, and take more memory.
 
     4·D_in·D_out operations a token and layer have to hide the layer's launches. So wide models want few tokens, small
     ones as many as there are; and a CUDA graph fewer than Python.
-
-    Args:
-        launch: seconds of a layer's launches, see `launch_seconds`.
     """
     D = shape.hidden_size
     weights = D * (4 * D + 3 * inner_width(shape)) / 7  # the mean of a block's seven layers, or about that
-    tokens = LAUNCHES_HIDDEN * launch * GPU_OPERATIONS / (4 * weights)
+    tokens = LAUNCHES_HIDDEN * way.launch_s * way.operations / (4 * weights)
     return min(MOST_TOKENS, max(FULL_TOKENS, -(-int(tokens) // 512) * 512))
 
 
@@ -232,7 +236,7 @@ def default_micro_tokens(model: PreTrainedModel, graphs: Switch = "off") -> int:
     shape = shape_of(model)
     values = shape.num_hidden_layers * (16 * shape.hidden_size + 6 * inner_width(shape))
     tokens = int(0.6 * free / (values * model.dtype.itemsize))
-    return max(LEAST_TOKENS, min(worthwhile_tokens(shape, launch_seconds("off", graphs)), tokens // 512 * 512))
+    return max(LEAST_TOKENS, min(worthwhile_tokens(shape, way_of("off", graphs)), tokens // 512 * 512))
 
 
 @dataclass(frozen=True, kw_only=True)
