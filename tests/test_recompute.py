@@ -135,7 +135,7 @@ def test_only_the_blocks_inputs_are_kept() -> None:
         less = probe(model, examples(12))
     assert again.peak < 0.75 * plain.peak, "two blocks: one is there in full, of the other its input"
     assert less.kept.token < 0.3 * cost.kept.token
-    assert less.backward.token < 0.75 * cost.backward.token
+    assert less.backward.token < 0.85 * cost.backward.token, "the last block is small already"
     assert less.measuring.token == pytest.approx(cost.measuring.token, rel=0.1)
 
 

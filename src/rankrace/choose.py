@@ -134,9 +134,10 @@ def search(
 
 @contextmanager
 def lent(model: PreTrainedModel) -> Iterator[None]:
-    """The model comes back as it was, whatever happens: modules, forwards, modes, what is trainable, attention."""
+    """The model comes back as it was, whatever happens: modules, classes, forwards, modes, what trains, attention."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     modes = {name: module.training for name, module in modules.items()}
+    classes = {name: type(module) for name, module in modules.items()}
     forwards = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
     trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
     attention = model.config._attn_implementation
@@ -149,6 +150,7 @@ def lent(model: PreTrainedModel) -> Iterator[None]:
             if name:
                 setattr(model.get_submodule(parent), child, module)
             module.training = modes[name]
+            module.__class__ = classes[name]
             vars(module).pop("forward", None)  # a compiled one
             if name in forwards:
                 module.forward = forwards[name]

@@ -38,6 +38,8 @@ class Layout:
     """L"""
     candidates: int
     """K"""
+    read_R: Tensor | None = None
+    """[R]: the tokens of all M whose output is read, where not all are: see `lastblock`."""
 
     cu_seqlens_KN: Tensor = field(init=False)
     """[K·N + 1] int32: the same for all candidates' copies, one behind the other."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +30,7 @@ from rankrace.data.encoded import NO_LABEL, Encoded, Task
 from rankrace.data.pack import Packed, pack
 from rankrace.errors import RankraceError
 from rankrace.training import attention
+from rankrace.training.lastblock import read_only
 from rankrace.training.loss import chunked_cross_entropy
 from rankrace.training.trained import B
 
@@ -56,6 +57,7 @@ class PackedModel(Generic[B]):
         self.model, self.bank, self.chunk = model, bank, chunk
         self.task: Task = task
         self.trunk: nn.Module = model.base_model
+        self.reads_only = read_only(self.trunk)
         self.position_offset = first_position(model)
         softcap = model.config.get_text_config().to_dict().get("final_logit_softcapping")
         self.softcap: float | None = softcap
@@ -75,7 +77,7 @@ class PackedModel(Generic[B]):
         packed = packed.to(self.model.device)
         K = self.bank.running
         self.bank.refresh()
-        h_KSD = self.hidden(packed, K).index_select(1, packed.target_positions_S)
+        h_KSD = self.hidden_read(packed, K)
         if self.task == "classification":
             logits_KSC = self.class_logits(h_KSD)
             logits_KSC = logits_KSC if logits_KSC.dtype == torch.float64 else logits_KSC.float()
@@ -87,6 +89,16 @@ class PackedModel(Generic[B]):
             h_KSD.flatten(0, 1), packed.targets_S.repeat(K), self.token_logits, self.chunk, self.trained_head()
         )
         return TokenLosses(loss_KS=loss_M.view(K, S), correct_KS=correct_M.view(K, S))
+
+    def hidden_read(self, packed: Packed, K: int) -> Tensor:
+        """The trunk's output at the targets' positions [K, S, D]."""
+        layout, read_S = self.layout(packed, K), packed.target_positions_S
+        if not self.reads_only:
+            return self.run(packed, K, layout).index_select(1, read_S)
+        # Two at least: what is compiled for several rows is not for one or none.
+        S = len(read_S)
+        layout.read_R = layout.copies(pad(read_S, (0, max(0, 2 - S))), layout.tokens).clone()
+        return self.run(packed, K, layout)[:, :S]
 
     def hidden(self, packed: Packed, K: int) -> Tensor:
         """The trunk's output [K, T, D]."""
@@ -103,7 +115,7 @@ class PackedModel(Generic[B]):
         )
 
     def run(self, packed: Packed, K: int, layout: Any) -> Tensor:
-        """The trunk's output [K, T, D], with something for the attention to go by."""
+        """The trunk's output [K, T, D], or what the layout says is read of it; the attention goes by the layout."""
         # One row of K·T tokens, not K rows: what is compiled then knows nothing of K.
         inputs: dict[str, Any] = {"input_ids": packed.input_ids_T.repeat(1, K)}
         inputs["position_ids"] = (packed.position_ids_T + self.position_offset).repeat(1, K)
