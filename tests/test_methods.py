@@ -3,6 +3,7 @@
 Legend: D model width, M bottleneck, R rank.
 """
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from rankrace.data import Data, load_data
 from rankrace.data.encoded import Task
 from rankrace.errors import RankraceError
 from rankrace.methods import METHODS, Running, find_method
+from rankrace.methods.adalora import Allocating
 from rankrace.methods.fixed import Fixed
 from rankrace.methods.houlsby import add_bottlenecks
 from rankrace.methods.parameters import Parameters
+from rankrace.methods.peft_lora import trainable, wrapped
 from rankrace.session import recipe_of
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel, load_model, load_tokenizer
@@ -204,6 +207,74 @@ def test_adalora_ends_on_its_budget(causal: tuple[RunConfig, Data]) -> None:
     assert len(set(kept.values())) > 1
     widths = {n: values[n.replace("_E", "_A")].shape[2] + values[n.replace("_E", "_B")].shape[1] + 1 for n in kept}
     assert running.described().parameters == sum(kept[n] * widths[n] for n in kept)
+
+
+def test_adalora_is_pefts_step_by_step(causal: tuple[RunConfig, Data], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Penalty, importance, budget, masks: against PEFT's own, from layer to layer, on the same gradients."""
+    config, data = causal
+    steps = config.model_copy(update={"max_steps": 20, "epochs": 50.0})
+    running = started("adalora-r8", steps, data)
+    ours = running.trainer.optimizer
+    assert isinstance(ours, Allocating)
+    total, end, deltaT = (
+        ours.settings.total_step,
+        ours.settings.total_step - ours.settings.tfinal,
+        ours.settings.deltaT,
+    )
+    assert (total, end, ours.settings.tinit, deltaT) == (20, 14, 2, 1)
+    theirs = base_of(config, data)
+    peft_model = wrapped(theirs, ours.settings, config.seed)
+    tuner: Any = peft_model.base_model
+    allocator = tuner.rankallocator
+    named = trainable(peft_model)
+    values, gradients = running.trainer.bank.values, running.trainer.bank.gradients
+    for n, p in named.items():
+        p.data = p.data.to(values.all_KP.dtype)
+        torch.testing.assert_close(p.data, values.views[n][0], rtol=0, atol=0)
+    stepped: dict[str, torch.Tensor] = {}
+    update = ours.own.step
+
+    def recorded(lr_K: Sequence[float]) -> torch.Tensor:
+        norm_K = update(lr_K)
+        stepped.update({n: view[0].clone() for n, view in values.views.items()})
+        return norm_K
+
+    monkeypatch.setattr(ours.own, "step", recorded)
+    generator = torch.Generator().manual_seed(0)
+    masked = set()
+    for step in range(1, total + 1):
+        drawn = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) * 1e-2 for n, p in named.items()}
+        for n, g in drawn.items():
+            gradients.views[n][0].copy_(g)
+        norms = []
+        for n, p in named.items():
+            p.grad = None
+            if ".lora_A" in n or ".lora_B" in n:
+                gram = p @ p.T if ".lora_A" in n else p.T @ p
+                norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=p.dtype)))
+        (ours.settings.orth_reg_weight * torch.stack(norms).mean()).backward()
+        for n, p in named.items():
+            p.grad = drawn[n] if p.grad is None else p.grad + drawn[n]
+        ours.step([LR])
+        for n, p in named.items():  # our update for both, so that what follows it is compared
+            assert p.grad is not None
+            torch.testing.assert_close(ours.kept.views[n][0], p.grad, rtol=1e-4, atol=1e-7)
+            p.grad = ours.kept.views[n][0].clone()
+            p.data.copy_(stepped[n])
+        tuner.update_and_allocate(step)
+        for n, p in named.items():
+            torch.testing.assert_close(p.detach(), values.views[n][0], rtol=0, atol=0)
+            if step < end:
+                for mean, flat in (
+                    (allocator.exp_avg_ipt, ours.importance),
+                    (allocator.exp_avg_unc, ours.uncertainty),
+                ):
+                    torch.testing.assert_close(
+                        mean[n.removeprefix("base_model.model.")], flat.views[n][0], rtol=1e-6, atol=0
+                    )
+        masked.add(int(ours.masked_LR.sum()))
+    assert len(masked) > 5
+    assert max(masked) == 4 * len(ours.E)
 
 
 def test_eva_starts_from_the_data(causal: tuple[RunConfig, Data]) -> None:

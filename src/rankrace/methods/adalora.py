@@ -1,11 +1,10 @@
 """AdaLoRA (Zhang et al. 2023) as PEFT implements it: singular values are masked until the budget is met."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from peft import AdaLoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankrace.bank.flat import Flat
@@ -50,79 +49,135 @@ class AdaLora(PlainLoad):
             lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
             **shared(config, model, task),
         )
-        peft_model = wrapped(model, settings, config.seed)
-        trained = Parameters(model, trainable(peft_model))
+        trained = Parameters(model, trainable(wrapped(model, settings, config.seed)))
 
         def allocating(own: Optimizer, trainer: Trainer[Parameters]) -> Optimizer:
-            return Allocating(own, trained, peft_model.base_model)
+            return Allocating(own, trained, settings)
 
         return Fixed(config, data, trained, task, rank=self.rank, optimizer=allocating,
                      delivered=lambda: in_use(trained))  # fmt: skip
 
 
+class Alike:
+    """Factors of one shape in L of the layers: A [R, D], or B [D, R] turned over."""
+
+    def __init__(self, names: Sequence[str], layers: Tensor, transposed: bool) -> None:
+        self.names, self.layers_L, self.transposed = names, layers, transposed
+
+    def of(self, flat: Flat) -> Tensor:
+        """[L, R, D]"""
+        stacked = torch.stack([flat.views[name][0] for name in self.names])
+        return stacked.mT if self.transposed else stacked
+
+    def add(self, flat: Flat, x_LRD: Tensor) -> None:
+        x = x_LRD.mT.contiguous() if self.transposed else x_LRD
+        views = [flat.views[name][0] for name in self.names]
+        torch._foreach_add_(views, list(x.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+
+
 class Allocating:
     """An optimiser that adds the penalty on factors that are not orthogonal, and masks singular values after a step.
 
-    Args:
-        tuner: PEFT's AdaLoraModel.
+    As PEFT's AdaLoraModel and RankAllocator do it, which are not called: they go from layer to layer, in thousands of
+    kernels and with hundreds of words to the host a step. Here all layers are one tensor, or one a shape.
+
+    Shapes: L layers, R singular values of each at the start, P trained values.
     """
 
-    def __init__(self, own: Optimizer, trained: Parameters, tuner: Any) -> None:
-        self.own, self.trained, self.tuner = own, trained, tuner
-        self.weight = tuner.peft_config["default"].orth_reg_weight
-        self.kept = Flat.like(trained.gradients.views)
+    def __init__(self, own: Optimizer, trained: Parameters, settings: AdaLoraConfig) -> None:
+        self.own, self.trained, self.settings = own, trained, settings
+        values = trained.values
+        self.kept, self.importance, self.uncertainty = (Flat.like(values.views) for _ in range(3))
         self.steps = 0
-        # In place of PEFT's own, which it makes at its first step: a checkpoint has them from the start.
-        allocator = tuner.rankallocator
-        for store in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
-            store |= {n: torch.zeros_like(p) for n, p in self.adapters().items()}
+        self.E = [name for name in values.views if ".lora_E" in name]
+        self.alike = [*self.of_one_shape("lora_A"), *self.of_one_shape("lora_B")]
+        first = values.all_KP.storage_offset()
+        starts_L = torch.tensor([values.views[name].storage_offset() - first for name in self.E])
+        L, R = len(self.E), values.views[self.E[0]].shape[1]
+        self.place_LR = (starts_L[:, None] + torch.arange(R)).to(trained.device)
+        """Where the singular values are among all P."""
+        self.masked_LR = torch.zeros(L, R, dtype=torch.bool, device=trained.device)
 
-    def adapters(self) -> dict[str, nn.Parameter]:
-        """A, B and E of each layer, under the names by which PEFT's allocator knows them."""
-        return {n: p for n, p in self.tuner.model.named_parameters() if ".lora_" in n and p.requires_grad}
+    def of_one_shape(self, which: str) -> list[Alike]:
+        found: dict[torch.Size, list[int]] = {}
+        names = [name.replace("lora_E", which) for name in self.E]
+        for i, name in enumerate(names):
+            found.setdefault(self.trained.values.views[name].shape, []).append(i)
+        device = self.trained.device
+        return [
+            Alike([names[i] for i in layers], torch.tensor(layers, device=device), which == "lora_B")
+            for layers in found.values()
+        ]
 
-    def penalty(self) -> Tensor:
-        """weight · mean over factors of ‖P Pᵀ − I‖_F, as in PEFT's own forward, which this loop does not call."""
-        norms = []
-        for name, p in self.adapters().items():
-            if ".lora_E" not in name:
-                grams = p @ p.T if ".lora_A" in name else p.T @ p
-                norms.append(torch.linalg.matrix_norm(grams - torch.eye(len(grams), out=torch.empty_like(grams))))
-        return self.weight * torch.stack(norms).mean()
+    def add_penalty(self) -> None:
+        """The gradient of weight · mean over factors of ‖P Pᵀ − I‖_F: 2·weight/n · (P Pᵀ − I) P / ‖P Pᵀ − I‖_F."""
+        scale = 2 * self.settings.orth_reg_weight / (2 * len(self.E))
+        for alike in self.alike:
+            P_LRD = alike.of(self.trained.values)
+            off_LRR = P_LRD @ P_LRD.mT - torch.eye(P_LRD.shape[1], dtype=P_LRD.dtype, device=P_LRD.device)
+            norm_L = torch.linalg.matrix_norm(off_LRR).clamp_(min=torch.finfo(P_LRD.dtype).tiny)
+            off_LRR *= (scale / norm_L)[:, None, None]
+            alike.add(self.trained.gradients, off_LRR @ P_LRD)
 
+    @torch.no_grad()
     def step(self, lr_K: Sequence[float]) -> Tensor:
-        self.trained.refresh()
-        self.penalty().backward()
+        self.add_penalty()
         self.kept.all_KP.copy_(self.trained.gradients.all_KP)
         norm_K = self.own.step(lr_K)
-        self.trained.refresh()
-        for name, p in self.trained.trained.items():
-            p.grad = self.kept.views[name][0].to(p.dtype)
         self.steps += 1
-        self.tuner.update_and_allocate(self.steps)
-        for name, p in self.trained.trained.items():
-            p.grad = None
-            if ".lora_E" in name:
-                self.trained.values.views[name][0].masked_fill_(p == 0, 0)
+        s, last = self.settings, self.settings.total_step - self.settings.tfinal
+        if self.steps < last:
+            self.weigh()
+        if self.steps == last or (s.tinit < self.steps < last and self.steps % s.deltaT == 0):
+            self.masked_LR = self.least(self.over_budget())
+            self.mask()
+        elif self.steps > last:
+            self.mask()
         return norm_K
 
+    def weigh(self) -> None:
+        """Importance |p·∂p|, smoothed, and how much it changes."""
+        beta1, beta2 = self.settings.beta1, self.settings.beta2
+        now, mean, change = (self.trained.values.all_KP * self.kept.all_KP).abs_(), *self.averages()
+        mean.mul_(beta1).add_(now * (1 - beta1))
+        change.mul_(beta2).add_((now - mean).abs_() * (1 - beta2))
+
+    def averages(self) -> tuple[Tensor, Tensor]:
+        return self.importance.all_KP, self.uncertainty.all_KP
+
+    def over_budget(self) -> int:
+        """How many singular values are too many after this step; the budget falls with the cube of what is left."""
+        s, (L, R) = self.settings, self.masked_LR.shape
+        left = 1 - (self.steps - s.tinit) / (s.total_step - s.tfinal - s.tinit)
+        return L * R - int((L * R - s.target_r * L) * left**3 + s.target_r * L)
+
+    def least(self, count: int) -> Tensor:
+        """[L, R] bool: those triplets of A, E and B whose mean importance times change is the least."""
+        if count == 0:
+            return torch.zeros_like(self.masked_LR)
+        score = Flat.like(self.trained.values.views)
+        torch.mul(*self.averages(), out=score.all_KP)
+        score_LR = torch.zeros_like(score.all_KP[0][self.place_LR])
+        for alike in self.alike:
+            score_LR.index_add_(0, alike.layers_L, alike.of(score).mean(2))
+        score_LR += score.all_KP[0][self.place_LR]
+        return score_LR <= score_LR.flatten().kthvalue(count).values
+
+    def mask(self) -> None:
+        values_P = self.trained.values.all_KP[0]
+        values_P[self.place_LR] = values_P[self.place_LR].masked_fill(self.masked_LR, 0)
+
     def state(self) -> dict[str, Tensor]:
-        allocator = self.tuner.rankallocator
-        importance = {f"importance.{n}": t for n, t in allocator.exp_avg_ipt.items()}
-        uncertainty = {f"uncertainty.{n}": t for n, t in allocator.exp_avg_unc.items()}
-        return {**self.own.state(), **importance, **uncertainty, "steps": torch.tensor(self.steps)}
+        importance, uncertainty = self.averages()
+        return {**self.own.state(), "importance": importance, "uncertainty": uncertainty, "masked": self.masked_LR,
+                "steps": torch.tensor(self.steps)}  # fmt: skip
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.own.load_state(state)
         self.steps = int(state["steps"])
-        allocator, device = self.tuner.rankallocator, self.trained.device
-        for kind, averages in (("importance.", allocator.exp_avg_ipt), ("uncertainty.", allocator.exp_avg_unc)):
-            averages.clear()  # PEFT has forgotten them once the budget is met
-            averages |= {n[len(kind) :]: t.to(device) for n, t in state.items() if n.startswith(kind)}
-        # The last mask, which PEFT applies again and again near the end.
-        self.tuner.peft_config["default"].rank_pattern = {
-            n: (p != 0).view(-1).tolist() for n, p in self.adapters().items() if ".lora_E" in n
-        }
+        for tensor, name in zip(self.averages(), ("importance", "uncertainty"), strict=True):
+            tensor.copy_(state[name])
+        self.masked_LR.copy_(state["masked"])
 
 
 def in_use(trained: Parameters) -> int:
