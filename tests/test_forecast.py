@@ -32,8 +32,7 @@ from tinyfolder import SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "llama-classification", "roberta-classification"])
 @pytest.mark.parametrize("micro_tokens", [80, 1500])
 def test_the_peak_of_a_step_is_predicted(family: str, micro_tokens: int) -> None:
-    """From four short rows, with one candidate or several side by side, padded unevenly. Within 10% for two blocks, of
-    which the last has a rule of its own."""
+    """From four short rows; one candidate or several, padded unevenly. Within 10%, for one of two blocks is the last."""
     classes = 3 if family.endswith("classification") else 0
     hf = tiny(family)
     bank = Bank(hf)
