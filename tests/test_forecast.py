@@ -32,7 +32,8 @@ from tinyfolder import SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "llama-classification", "roberta-classification"])
 @pytest.mark.parametrize("micro_tokens", [80, 1500])
 def test_the_peak_of_a_step_is_predicted(family: str, micro_tokens: int) -> None:
-    """From three short rows; within 5%, with one candidate or several side by side, padded unevenly."""
+    """From four short rows, with one candidate or several side by side, padded unevenly. Within 10% for two blocks, of
+    which the last has a rule of its own."""
     classes = 3 if family.endswith("classification") else 0
     hf = tiny(family)
     bank = Bank(hf)
@@ -52,7 +53,7 @@ def test_the_peak_of_a_step_is_predicted(family: str, micro_tokens: int) -> None
     with Meter() as meter:
         for _ in trainer.run(trainer.total // 2):
             pass
-    assert abs(predicted / meter.peak - 1) < 0.05
+    assert abs(predicted / meter.peak - 1) < 0.1
 
 
 def test_candidates_take_what_is_counted() -> None:

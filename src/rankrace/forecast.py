@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from rankrace.bank import Bank
+from rankrace.bank.spectrum import TOGETHER
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
@@ -179,14 +180,14 @@ def look_bytes(config: RunConfig, trainer: Trainer[Bank], cost: PassCost, R: int
     model, bank = trainer.model, trainer.bank
     cuts = int(config.refine) if config.strategy == "grid" else ranks_looked_at(config)
     cuts = trainer.abreast_on(examples, cuts) if cuts else 0
-    # The cuts, and a copy of them in one piece of memory; the spectra are float64.
+    # The cuts in one piece of memory. Before, of some layers at a time, float64 copies of what they are cut from.
     borrowed = candidate_bytes(bank, cuts, max(config.ranks), flats=2) if cuts else 0
-    spectra = 8 * bank.trainable_parameters(R) if cuts else 0
+    spectra = 8 * 2 * bank.trainable_parameters(R) * min(1.0, TOGETHER / len(bank.layers)) if cuts else 0
     rows = validation_batches([len(e) for e in examples], trainer.recipe.micro_tokens)
     sizes = [model.pack(examples, row).size for row in rows]
     side_by_side = max(cuts, len(config.ranks) if config.strategy == "grid" else 1)
     passes = [cost.looking(size, trainer.abreast(size.tokens, side_by_side)) for size in sizes]
-    return round(borrowed + spectra + max(passes))
+    return round(max(borrowed + max(passes), spectra))
 
 
 def step_tokens(trainer: Trainer[Bank]) -> float:

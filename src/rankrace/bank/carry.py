@@ -39,8 +39,9 @@ def carried(
     s = before.multipliers[k]
     for layer, (A_KRD, B_KDR) in before.factors.items():
         R = before.ranks_in(layer)[k]
-        U_DR, S_R, V_DR = whole[layer].U_DR, whole[layer].S_R, whole[layer].V_DR
-        UB_RR, AV_RR = U_DR.T @ B_KDR[k, :, :R].double(), A_KRD[k, :R].double() @ V_DR
+        spectrum, S_R = whole[layer], whole[layer].S_R
+        UB_RR = spectrum.U(len(S_R)).T @ B_KDR[k, :, :R].double()
+        AV_RR = A_KRD[k, :R].double() @ spectrum.V(len(S_R))
         for j, (r, new_s) in enumerate(zip(after.ranks_in(layer), after.multipliers, strict=True)):
             # A direction without weight keeps nothing.
             q_r = torch.where(S_R[:r] > 0, s / (S_R[:r] * new_s).sqrt(), 0.0)

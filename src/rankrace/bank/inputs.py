@@ -24,7 +24,8 @@ def reading(layers: Mapping[str, nn.Module], read: Callable[[str, Tensor], None]
 
 
 def input_sizes(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, float]:
-    """E[x_i²] of each layer's input x [tokens, D_in], over all tokens and entries that `run` calls it with.
+    """E[x_i²] of each layer's input x [tokens, D_in], over all tokens and entries that `run` calls it with (in the last
+    block those alone whose output is read, where that is known).
 
     An update ΔW with singular values S_i changes the layer's output by E‖ΔW x‖² = E[x_i²]·Σ S_i², if inputs have no
     preferred direction: so much is a singular value worth in one layer beside those of another (`allocate`). 0 for a

@@ -4,7 +4,7 @@
 B = Q_B C_B, Aᵀ = Q_A C_A, so ΔW = Q_B (s·C_B C_Aᵀ) Q_Aᵀ, and the SVD of the core is that of ΔW.
 Cost O((D_in + D_out) R²) instead of O(D_in D_out min(D_in, D_out)).
 
-The bases come from the R×R Gram matrices: one large product for all layers, where a QR goes layer by layer. Squaring
+The bases come from the R×R Gram matrices: one large product for many layers, where a QR goes layer by layer. Squaring
 costs half of float64's digits: what is below 1e-7 of a factor's largest singular value is taken for zero, and the
 factors themselves are float32.
 """
@@ -17,18 +17,34 @@ from torch import Tensor
 
 LEAST = 1e-7
 """Of a factor's largest singular value: what float64 can still tell from zero after squaring."""
+TOGETHER = 16
+"""Layers at a time: as many copies of factors in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """ΔW = U diag(S) Vᵀ, singular values in descending order."""
+    """ΔW = U diag(S) Vᵀ, singular values in descending order.
 
-    U_DR: Tensor
-    """[D_out, R], orthonormal columns (zero where S is)."""
+    The singular vectors are the factors times R×R matrices, and made when they are asked for: in float64 those of all
+    layers take twice the memory of the factors. So it holds until its factors train on.
+    """
+
+    A_RD: Tensor
+    B_DR: Tensor
+    """The factors themselves, not copies."""
     S_R: Tensor
     """[R]"""
-    V_DR: Tensor
-    """[D_in, R], orthonormal columns (zero where S is)."""
+    to_U_RR: Tensor
+    to_V_RR: Tensor
+    """U = B to_U and V = Aᵀ to_V."""
+
+    def U(self, rank: int) -> Tensor:
+        """[D_out, rank], orthonormal columns (zero where S is)."""
+        return self.B_DR.double() @ self.to_U_RR[:, :rank]
+
+    def V(self, rank: int) -> Tensor:
+        """[D_in, rank], orthonormal columns (zero where S is)."""
+        return self.A_RD.T.double() @ self.to_V_RR[:, :rank]
 
     def truncated(self, rank: int, multiplier: float) -> tuple[Tensor, Tensor]:
         """The best rank-r approximation of ΔW (Eckart-Young) as LoRA factors.
@@ -38,7 +54,7 @@ class Spectrum:
         """
         assert 0 <= rank <= self.S_R.numel(), f"rank {rank} of a spectrum of {self.S_R.numel()}"
         root_r = (self.S_R[:rank] / multiplier).sqrt()
-        return (self.V_DR[:, :rank] * root_r).T.contiguous(), self.U_DR[:, :rank] * root_r
+        return (self.V(rank) * root_r).T.contiguous(), self.U(rank) * root_r
 
 
 def spectrum(A_RD: Tensor, B_DR: Tensor, multiplier: float) -> Spectrum:
@@ -52,17 +68,16 @@ def spectra(factors: Mapping[str, tuple[Tensor, Tensor]], multiplier: float) -> 
     for name, (A, B) in factors.items():
         by_shape.setdefault((A.shape, B.shape), []).append(name)
     found = {}
-    for names in by_shape.values():
+    for names in (alike[i : i + TOGETHER] for alike in by_shape.values() for i in range(0, len(alike), TOGETHER)):
         B_NDR = torch.stack([factors[n][1] for n in names]).double()
         A_NDR = torch.stack([factors[n][0].T for n in names]).double()
         # On a GPU decompositions so small are slower than on the host.
         (to_B, C_B), (to_A, C_A) = (basis((X.mT @ X).cpu()) for X in (B_NDR, A_NDR))
-        U_NRR, S, Vh_NRR = torch.linalg.svd(multiplier * C_B @ C_A.mT)
-        U_NDR = B_NDR @ (to_B @ U_NRR).to(B_NDR.device)
-        V_NDR = A_NDR @ (to_A @ Vh_NRR.mT).to(A_NDR.device)
-        S = S.to(B_NDR.device)
+        U_NRR, S_NR, Vh_NRR = torch.linalg.svd(multiplier * C_B @ C_A.mT)
+        S_NR, to_U_NRR, to_V_NRR = (x.to(B_NDR.device) for x in (S_NR, to_B @ U_NRR, to_A @ Vh_NRR.mT))
         for i, name in enumerate(names):
-            found[name] = Spectrum(U_DR=U_NDR[i], S_R=S[i], V_DR=V_NDR[i])
+            A_RD, B_DR = factors[name]
+            found[name] = Spectrum(A_RD=A_RD, B_DR=B_DR, S_R=S_NR[i], to_U_RR=to_U_NRR[i], to_V_RR=to_V_NRR[i])
     return {name: found[name] for name in factors}
 
 

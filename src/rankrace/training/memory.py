@@ -143,27 +143,38 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """fixed + token·(tokens) + cell·(cells), where cells are N·L: what a row takes when it is padded.
+    """fixed + token·(tokens) + cell·(cells) + target·(targets); cells are N·L: what a row takes when it is padded.
 
-    Only the attention is padded, and only where flash attention cannot run; elsewhere a cell takes nothing.
+    Only the attention is padded, and only where flash attention cannot run; elsewhere a cell takes nothing. A target
+    takes its part of the last block.
     """
 
     fixed: float
     token: float
     cell: float
+    target: float = 0.0
 
     def at(self, size: Size) -> float:
-        return self.fixed + self.token * size.tokens + self.cell * cells(size)
+        return self.fixed + self.token * size.tokens + self.cell * cells(size) + self.target * size.targets
 
     def plus(self, other: "Plane") -> "Plane":
-        return Plane(fixed=self.fixed + other.fixed, token=self.token + other.token, cell=self.cell + other.cell)
+        return Plane(
+            fixed=self.fixed + other.fixed,
+            token=self.token + other.token,
+            cell=self.cell + other.cell,
+            target=self.target + other.target,
+        )
+
+    def each(self, padding: float) -> float:
+        """Of a token that is a target too, with so many cells."""
+        return self.token + padding * self.cell + self.target
 
     @staticmethod
     def through(sizes: Sequence[Size], figures: Sequence[float]) -> "Plane":
-        """Three points that do not lie on one line."""
-        places = np.array([[1, s.tokens, cells(s)] for s in sizes], dtype=np.float64)
-        fixed, token, cell = np.linalg.solve(places, np.array(figures, dtype=np.float64)).tolist()
-        return Plane(fixed=fixed, token=token, cell=cell)
+        """Four points; where they lie in fewer dimensions (texts of one token), the flattest one."""
+        places = np.array([[1, s.tokens, cells(s), s.targets] for s in sizes], dtype=np.float64)
+        fixed, token, cell, target = np.linalg.lstsq(places, np.array(figures, dtype=np.float64))[0].tolist()
+        return Plane(fixed=fixed, token=token, cell=cell, target=target)
 
 
 def cells(size: Size) -> int:
@@ -215,13 +226,13 @@ class PassCost:
             padding: cells for each token.
         """
         left = room / self.slack
-        forward = (left - self.target * self.chunk - self.kept.fixed) / (self.kept.token + padding * self.kept.cell)
-        backward = (left - self.backward.fixed) / (self.backward.token + padding * self.backward.cell)
+        forward = (left - self.target * self.chunk - self.kept.fixed) / self.kept.each(padding)
+        backward = (left - self.backward.fixed) / self.backward.each(padding)
         return max(0, int(min(forward, backward)))
 
 
 def probe(model: PackedModel[Any], examples: Sequence[Encoded]) -> PassCost:
-    """Runs the first candidate over three short rows, forward and backward, and the head over a chunk.
+    """Runs the first candidate over four short rows, forward and backward, and the head over a chunk.
 
     Some seconds on a CPU. The gradients are zero afterwards.
     """
@@ -252,7 +263,7 @@ def one_pass(model: PackedModel[Any], row: Packed) -> tuple[int, int, int]:
             loss.backward()
             backward = taken.peak
         with torch.no_grad(), gauge(device) as taken:
-            model.hidden(row, 1)
+            model.hidden_read(row, 1)
             measuring = taken.peak
     return kept, backward, measuring
 
@@ -269,16 +280,22 @@ def head_bytes(model: PackedModel[Any], targets: int) -> int:
 
 
 def probe_rows(model: PackedModel[Any], examples: Sequence[Encoded]) -> list[Packed]:
-    """Examples of one length, the same twice as long, and the first ones' tokens in lengths of 3 to 1."""
+    """Examples of one length, the same twice as long, and the first ones' tokens in lengths of 3 to 1 and with other
+    numbers of targets: a classifier has as many as examples."""
     longest = max(examples, key=len)
     part = max(1, min(PROBE_LENGTH, len(longest)) // 4)
     pairs = -(-PROBE_LENGTH // (4 * part))
     share = sum(int(e.supervised.sum()) for e in examples) / sum(len(e) for e in examples)
 
-    def row(*lengths: int) -> Packed:
+    def row(*lengths: int, share: float = share) -> Packed:
         return model.pack([cut(longest, length, share) for length in lengths * pairs], range(len(lengths) * pairs))
 
-    return [row(2 * part, 2 * part), row(4 * part, 4 * part), row(3 * part, part)]
+    even = row(2 * part, 2 * part)
+    if model.task == "causal":
+        other = row(2 * part, 2 * part, share=share / 2 if share > 0.25 else 0.5)
+    else:
+        other = row(part, part, part, part)
+    return [even, row(4 * part, 4 * part), row(3 * part, part), other]
 
 
 def cut(example: Encoded, length: int, share: float) -> Encoded:
