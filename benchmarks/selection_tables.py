@@ -134,14 +134,17 @@ def early_looks(sweeps: Sequence[Sweep], rate_of: Callable[[Sweep], float], titl
     """Means over all trainings; the correlations by task; each training's picks."""
     print(f"### Early against final, {title}\n")
     shares = [look.share for look in sweeps[0].looks]
+    trainings = []
+    for s in sweeps:
+        rate = rate_of(s)
+        at = s.at(rate)
+        small = [i for i, k in enumerate(at) if s.ranks[k] <= LARGEST]
+        trainings.append((s, rate, at, small, s.loss_K[at]))
     means, by_task = [], []
     for name, (how, pick) in METHODS.items():
         orders: dict[str, list[list[float]]] = {}
         regrets = []
-        for s in sweeps:
-            rate = rate_of(s)
-            at = s.at(rate)
-            small, end_K = [i for i, k in enumerate(at) if s.ranks[k] <= LARGEST], s.loss_K[at]
+        for s, rate, at, small, end_K in trainings:
             curves = [c for look in s.looks if (c := shown(look, how, rate, at)) is not None]
             if not curves:
                 continue
@@ -166,10 +169,7 @@ def early_looks(sweeps: Sequence[Sweep], rate_of: Callable[[Sweep], float], titl
     for name in PICKED:
         how, pick = METHODS[name]
         rows = []
-        for s in sweeps:
-            rate = rate_of(s)
-            at = s.at(rate)
-            small, end_K = [i for i, k in enumerate(at) if s.ranks[k] <= LARGEST], s.loss_K[at]
+        for s, rate, at, small, end_K in trainings:
             cells = []
             for look in s.looks:
                 curve = shown(look, how, rate, at)

@@ -24,9 +24,9 @@ from commandline import assert_refused, rankrace
 from examples import examples
 from models import tiny
 from rankrace.bank import Bank, check_quantize, quantize
-from rankrace.bank.attach import find_targets
 from rankrace.bank.base import fp8, nf4
 from rankrace.bank.base.fp8 import Fp8Linear, rounded
+from rankrace.bank.targets import find_targets
 from rankrace.config import Quantize
 from rankrace.errors import RankraceError
 from rankrace.methods.peft_lora import wrapped

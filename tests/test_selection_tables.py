@@ -154,51 +154,34 @@ def test_a_tally_with_and_without_chance():
     assert (both.all, both.within, both.won, both.lost) == (5, 4, 1, 1)
 
 
-def an_arm(way: Way, rank: int, loss_N: list[float]) -> Arm:
+def an_arm(way: Way, rank: int, loss_N: list[float], candidate_steps: float = 1.0) -> Arm:
     return Arm(
         rank=rank,
         scale=1.0,
         way=way,
         step=4,
-        candidate_steps=1.3,
+        candidate_steps=candidate_steps,
         measured=9,
         looked=8,
         loss_N=np.array(loss_N),
     )
 
 
-def whole_run() -> Adaptive:
-    arm = Arm(
-        rank=2,
-        scale=1.0,
-        way="cut",
-        step=4,
-        candidate_steps=1.3,
-        measured=9,
-        looked=8,
-        loss_N=np.array([1.0, 2, 3, 4]),
-    )
-    return Adaptive(unit=("sst2", 0), data="d", warmup=0.03, examples=400, arms={"shrink": arm}, fresh=FRESH)
+def whole_run(**arms: Arm) -> Adaptive:
+    return Adaptive(unit=("sst2", 0), data="d", warmup=0.03, examples=400, arms=arms, fresh=FRESH)
+
+
+CUT = an_arm("cut", 2, [1.0, 2, 3, 4], candidate_steps=1.3)
 
 
 def test_the_cost_counts_measurements_as_half_a_step():
     """Nine arms and the base on 8 examples: 80 examples forward, of the 400 that a training takes both ways."""
-    assert tables.cost(whole_run(), "shrink") == pytest.approx(1.3 + 0.1)
+    assert tables.cost(whole_run(shrink=CUT), "shrink") == pytest.approx(1.3 + 0.1)
 
 
 def test_runs_of_the_sweep_and_whole_runs_are_paired():
-    run, s = whole_run(), sweep([0.4, 0.3, 0.2, 0.1], [0.1, 0.5, 0.6, 0.7])
-    alone = Arm(
-        rank=16,
-        scale=1.0,
-        way="alone",
-        step=3,
-        candidate_steps=1,
-        measured=1,
-        looked=8,
-        loss_N=np.array([1.0, 2, 1, 2]),
-    )
-    run = Adaptive(unit=run.unit, data="d", warmup=0.03, examples=400, arms={**run.arms, "fixed": alone}, fresh=FRESH)
+    run = whole_run(shrink=CUT, fixed=an_arm("alone", 16, [1.0, 2, 1, 2]))
+    s = sweep([0.4, 0.3, 0.2, 0.1], [0.1, 0.5, 0.6, 0.7])
     found = chances(ends_of([s], [run]))
     assert list(found) == ["sst2"]
     assert found["sst2"].pairs == 1

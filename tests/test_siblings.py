@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from examples import examples
 from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank, Candidates
-from rankrace.bank.attach import Loaded
 from rankrace.bank.dropout import DropoutKeys, dropped
 from rankrace.bank.linear import BankLinear, BankSwitch, Siblings
+from rankrace.bank.loaded import Loaded
 from rankrace.bank.opaque import Opaque, can_be_opaque
 from rankrace.data.encoded import Encoded
 from rankrace.training.model import PackedModel

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankrace.bank.attach import find_targets
+from rankrace.bank.targets import find_targets
 from rankrace.data.encoded import NO_LABEL, Encoded
 
 Kind = Literal["flat", "power", "layers"]

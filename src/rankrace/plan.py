@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankrace.bank import Bank
-from rankrace.bank.attach import padded
+from rankrace.bank.candidates import padded
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task

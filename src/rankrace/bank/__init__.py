@@ -4,7 +4,8 @@ A base in 4 bits needs bitsandbytes, too.
 """
 
 from rankrace.bank.allocate import allocate
-from rankrace.bank.attach import Bank, Candidates
+from rankrace.bank.attach import Bank
+from rankrace.bank.candidates import Candidates
 from rankrace.bank.carry import carried
 from rankrace.bank.export import Adapter, adapter_of, lora_config, save_adapter
 from rankrace.bank.quantize import check_quantize, quantize

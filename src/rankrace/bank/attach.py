@@ -1,171 +1,27 @@
 """The bank: K LoRA candidates on every target layer of one frozen model.
 
-Shapes: K candidates, R padded rank of a layer (a multiple of 8), D_in / D_out its widths.
+Shapes: K candidates, P all parameters of one, R padded rank of a layer (a multiple of 8), D_in / D_out its widths.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rankrace.bank.base import is_4bit
+from rankrace.bank.candidates import Candidates, padded
 from rankrace.bank.dropout import DropoutKeys, counter_seed
 from rankrace.bank.flat import Flat
 from rankrace.bank.head import BankHead
 from rankrace.bank.inputs import input_sizes
-from rankrace.bank.linear import BankLinear, BankSwitch, Siblings, linear_shape
+from rankrace.bank.linear import BankLinear, BankSwitch, Siblings
+from rankrace.bank.loaded import Loaded
 from rankrace.bank.siblings import find_siblings
-from rankrace.bank.spectrum import Spectrum, spectra
+from rankrace.bank.targets import HEAD_NAMES, find_targets
 from rankrace.errors import RankraceError
-
-HEAD_NAMES = ("score", "classifier")
-"""The attributes under which Transformers keeps a classifier; PEFT saves the same ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """The trainable state of K candidates: all that tells one from another."""
-
-    ranks: tuple[int, ...]
-    multipliers: tuple[float, ...]
-    """s of ΔW = s·B A."""
-    factors: dict[str, tuple[Tensor, Tensor]]
-    """Layer name → A [K, R, D_in], B [K, D_out, R]; zero beyond each candidate's rank."""
-    heads: dict[str, tuple[Tensor, ...]]
-    """Head name → its parameters, each [K, …]."""
-    layer_ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Layer name → the K ranks there, for layers where they are not `ranks`; 0 is no update. `ranks` then says what
-    the parameters would buy if every layer got the same."""
-
-    def ranks_in(self, layer: str) -> tuple[int, ...]:
-        """Of all candidates in one layer."""
-        return self.layer_ranks.get(layer, self.ranks)
-
-    def ranks_of(self, k: int) -> dict[str, int]:
-        """Of candidate k in all layers."""
-        return {name: self.ranks_in(name)[k] for name in self.factors}
-
-    def factors_of(self, k: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer name → candidate k's A [r, D_in] and B [D_out, r], without their padding."""
-        return {n: (self.factors[n][0][k, :r], self.factors[n][1][k, :, :r]) for n, r in self.ranks_of(k).items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it by name: every layer.A, then every layer.B, then the heads' head.0, head.1, …"""
-        A = {f"{n}.A": pair[0] for n, pair in self.factors.items()}
-        B = {f"{n}.B": pair[1] for n, pair in self.factors.items()}
-        return A | B | {f"{n}.{i}": t for n, ts in self.heads.items() for i, t in enumerate(ts)}
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Candidates":
-        """The same candidates with other tensors, named as by `tensors`."""
-        return replace(
-            self,
-            factors={n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in self.factors},
-            heads={n: tuple(tensors[f"{n}.{i}"] for i in range(len(ts))) for n, ts in self.heads.items()},
-        )
-
-    def keep(self, indices: Sequence[int]) -> "Candidates":
-        """Only these candidates, in this order, copied; R shrinks to what they need."""
-        ranks, index = tuple(self.ranks[i] for i in indices), list(indices)
-        layer_ranks = {n: tuple(self.ranks_in(n)[i] for i in indices) for n in self.factors}
-        factors = {}
-        for name, (A, B) in self.factors.items():
-            R = padded(max(layer_ranks[name]))
-            factors[name] = (A[index, :R].clone(), B[index, :, :R].clone())
-        return Candidates(
-            ranks=ranks,
-            multipliers=tuple(self.multipliers[i] for i in indices),
-            factors=factors,
-            heads={n: tuple(p[index].clone() for p in ps) for n, ps in self.heads.items()},
-            layer_ranks={n: rs for n, rs in layer_ranks.items() if rs != ranks},
-        )
-
-    def spectra(self, k: int) -> dict[str, Spectrum]:
-        """The singular values and vectors of candidate k's update in each layer."""
-        return spectra(self.factors_of(k), self.multipliers[k])
-
-    def truncations(
-        self,
-        k: int,
-        ranks: Sequence[int],
-        multipliers: Sequence[float],
-        whole: Mapping[str, Spectrum] | None = None,
-        allocations: Sequence[Mapping[str, int] | None] | None = None,
-    ) -> "Candidates":
-        """Candidate k's update at several lower ranks: the best rank-r approximation of each layer's ΔW.
-
-        Args:
-            whole: its `spectra`, where they are known already.
-            allocations: for each cut what every layer keeps (see `allocate`), or None: its rank everywhere.
-        """
-        K, ranks = len(ranks), tuple(ranks)
-        whole = whole or self.spectra(k)
-        cuts = list(zip(ranks, allocations or [None] * K, strict=True))
-        factors, layer_ranks = {}, {}
-        for name, (A, B) in self.factors.items():
-            kept = tuple(r if allocation is None else allocation[name] for r, allocation in cuts)
-            R = padded(max(kept))
-            A_KRD, B_KDR = A.new_zeros(K, R, A.shape[2]), B.new_zeros(K, B.shape[1], R)
-            for j, (r, s) in enumerate(zip(kept, multipliers, strict=True)):
-                A_KRD[j, :r], B_KDR[j, :, :r] = whole[name].truncated(r, s)
-            factors[name] = (A_KRD, B_KDR)
-            if kept != ranks:
-                layer_ranks[name] = kept
-        heads = {n: tuple(p[[k] * K].clone() for p in ps) for n, ps in self.heads.items()}
-        return Candidates(
-            ranks=ranks, multipliers=tuple(multipliers), factors=factors, heads=heads, layer_ranks=layer_ranks
-        )
-
-
-class Loaded:
-    """Candidates in the memory that they are trained in: a few large pieces instead of thousands of small ones.
-
-    `candidates` holds views into `values`; `compute` is what the products use, in the model's type.
-    """
-
-    def __init__(self, candidates: Candidates, values: Flat, gradients: Flat | None, compute: Flat) -> None:
-        self.candidates, self.values, self.compute = candidates, values, compute
-        self._gradients = gradients
-        self.trainable = gradients is not None
-        first = values.all_KP
-        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=first.dtype, device=first.device)
-        self._P_A = sum(A[0].numel() for A, _ in candidates.factors.values())
-
-    @staticmethod
-    def of(candidates: Candidates, dtype: torch.dtype, *, trainable: bool = True) -> "Loaded":
-        """A copy of these candidates, for a model of this type."""
-        values = Flat.of(candidates.tensors())
-        factors = [f"{n}.{ab}" for ab in "AB" for n in candidates.factors]
-        shapes = {name: values.views[name].shape[1:] for name in factors}
-        return Loaded(
-            candidates.with_tensors(values.views),
-            values,
-            Flat.like(values.views) if trainable else None,
-            Flat(shapes, len(candidates.ranks), dtype=dtype, device=values.all_KP.device),
-        )
-
-    @property
-    def gradients(self) -> Flat:
-        assert self._gradients is not None, "borrowed candidates are measured, not trained"
-        return self._gradients
-
-    def parameter(self, name: str) -> nn.Parameter:
-        """A view into the values as a parameter, whose gradient is a view into the gradients."""
-        parameter = nn.Parameter(self.values.views[name])
-        if self._gradients is not None:
-            parameter.grad = self._gradients.views[name]
-        return parameter
-
-    def refresh(self) -> None:
-        """Brings what the products use up to date with the factors."""
-        values_KP, compute_KP, P_A = self.values.all_KP, self.compute.all_KP, self._P_A
-        compute_KP[:, :P_A].copy_(values_KP[:, :P_A])
-        # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
-        compute_KP[:, P_A:].copy_(values_KP[:, P_A : compute_KP.shape[1]] * self.multiplier_K[:, None])
 
 
 class Bank:
@@ -263,7 +119,7 @@ class Bank:
         """Makes a copy of these the candidates; `self.candidates` then follows their training."""
         self.install(Loaded.of(candidates, self.model.dtype))
 
-    def install(self, loaded: "Loaded") -> None:
+    def install(self, loaded: Loaded) -> None:
         """Points the layers at these candidates."""
         self._loaded = loaded
         self.switch.active = slice(0, len(loaded.candidates.ranks))
@@ -279,7 +135,7 @@ class Bank:
             head.stacked = nn.ParameterList([loaded.parameter(f"{name}.{i}") for i in range(len(head.names))])
 
     @property
-    def loaded(self) -> "Loaded":
+    def loaded(self) -> Loaded:
         assert self._loaded is not None, "no candidates: see start and load"
         return self._loaded
 
@@ -402,47 +258,3 @@ class Bank:
     def dtype(self) -> torch.dtype:
         """Of the factors: float32 masters, or float64 on a float64 model."""
         return torch.float64 if self.model.dtype == torch.float64 else torch.float32
-
-
-def padded(rank: int) -> int:
-    """The next multiple of 8: grouped and tensor-core products want 16-byte strides in bfloat16.
-
-    At least 8, for products with no row at all are a case of their own in too many kernels.
-    """
-    return max(8, -(-rank // 8) * 8)
-
-
-def find_targets(model: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The layers to adapt, by name, in the model's order. "all-linear" leaves out the output head."""
-    head = model.get_output_embeddings()
-    linear: dict[str, nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and name.partition(".")[0] not in HEAD_NAMES
-    }
-    if target_modules == "all-linear":
-        chosen = linear
-    else:
-        endings = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        missing = [e for e in endings if not any(matches(name, e) for name in linear)]
-        if missing:
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            raise RankraceError(
-                f"{type(model).__name__} has no linear layer named {', '.join(missing)}",
-                why="an adapter needs layers to sit on",
-                fix=f"choose among {', '.join(known) or 'none'}, or target_modules=all-linear",
-            )
-        chosen = {name: module for name, module in linear.items() if any(matches(name, e) for e in endings)}
-    if not chosen:
-        raise RankraceError(
-            f"{type(model).__name__} has no linear layers to adapt",
-            why="LoRA sits on nn.Linear or Conv1D layers",
-            fix="use a model with such layers",
-        )
-    assert all(linear_shape(module) for module in chosen.values())
-    return chosen
-
-
-def matches(name: str, ending: str) -> bool:
-    """PEFT's rule: the whole name, or its end after a dot."""
-    return name == ending or name.endswith("." + ending)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rankrace.bank.attach import Candidates
+from rankrace.bank.candidates import Candidates
 from rankrace.bank.spectrum import Spectrum
 
 Moments = dict[str, Tensor]

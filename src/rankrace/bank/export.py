@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from rankrace.bank.attach import Bank, matches
+from rankrace.bank.attach import Bank
+from rankrace.bank.targets import matches
 
 
 @dataclass(frozen=True, kw_only=True)

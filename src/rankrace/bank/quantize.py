@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankrace.bank.attach import find_targets
 from rankrace.bank.base import fp8, nf4
+from rankrace.bank.targets import find_targets
 from rankrace.config import Quantize
 from rankrace.errors import RankraceError
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import PreTrainedModel
 
-from rankrace.bank.attach import HEAD_NAMES, matches
 from rankrace.bank.linear import linear_shape
+from rankrace.bank.targets import HEAD_NAMES, matches
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankrace.bank.attach import find_targets
+from rankrace.bank.targets import find_targets
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
