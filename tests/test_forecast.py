@@ -32,7 +32,7 @@ from tinyfolder import SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "llama-classification", "roberta-classification"])
 @pytest.mark.parametrize("micro_tokens", [80, 1500])
 def test_the_peak_of_a_step_is_predicted(family: str, micro_tokens: int) -> None:
-    """From four short rows; one candidate or several, padded unevenly. Within 10%, for one of two blocks is the last."""
+    """From four short rows; one candidate or several, padded unevenly. Within 10%: one of two blocks is last."""
     classes = 3 if family.endswith("classification") else 0
     hf = tiny(family)
     bank = Bank(hf)

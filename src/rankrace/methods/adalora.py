@@ -86,6 +86,9 @@ class Allocating:
 
     def __init__(self, own: Optimizer, trained: Parameters, settings: AdaLoraConfig) -> None:
         self.own, self.trained, self.settings = own, trained, settings
+        assert settings.total_step is not None
+        self.last = settings.total_step - settings.tfinal
+        """The step from which no singular value comes back."""
         values = trained.values
         self.kept, self.importance, self.uncertainty = (Flat.like(values.views) for _ in range(3))
         self.steps = 0
@@ -125,7 +128,7 @@ class Allocating:
         self.kept.all_KP.copy_(self.trained.gradients.all_KP)
         norm_K = self.own.step(lr_K)
         self.steps += 1
-        s, last = self.settings, self.settings.total_step - self.settings.tfinal
+        s, last = self.settings, self.last
         if self.steps < last:
             self.weigh()
         if self.steps == last or (s.tinit < self.steps < last and self.steps % s.deltaT == 0):
@@ -148,7 +151,7 @@ class Allocating:
     def over_budget(self) -> int:
         """How many singular values are too many after this step; the budget falls with the cube of what is left."""
         s, (L, R) = self.settings, self.masked_LR.shape
-        left = 1 - (self.steps - s.tinit) / (s.total_step - s.tfinal - s.tinit)
+        left = 1 - (self.steps - s.tinit) / (self.last - s.tinit)
         return L * R - int((L * R - s.target_r * L) * left**3 + s.target_r * L)
 
     def least(self, count: int) -> Tensor:
