@@ -170,6 +170,7 @@ class Bank:
         before = self.loaded
         try:
             self.install(Loaded.of(candidates, self.model.dtype, trainable=False))
+            del candidates  # what was copied goes, if nobody else wants it
             yield
         finally:
             self.install(before)

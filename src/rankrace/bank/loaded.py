@@ -54,4 +54,5 @@ class Loaded:
         values_KP, compute_KP, P_A = self.values.all_KP, self.compute.all_KP, self._P_A
         compute_KP[:, :P_A].copy_(values_KP[:, :P_A])
         # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
-        compute_KP[:, P_A:].copy_(values_KP[:, P_A : compute_KP.shape[1]] * self.multiplier_K[:, None])
+        B_KP = values_KP[:, P_A : compute_KP.shape[1]]
+        torch.mul(B_KP, self.multiplier_K[:, None], out=compute_KP[:, P_A:])
