@@ -1,5 +1,6 @@
 """K candidates in one bank are K PEFT models trained alone."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from examples import examples
 from models import CAUSAL, CLASSIFYING, tiny
-from rankrace.bank import Bank, adapter_of, save_adapter
+from rankrace.bank import Bank, Candidates, adapter_of, save_adapter
 from rankrace.bank.dropout import DropoutKeys, dropped
 from rankrace.errors import RankraceError
 from rankrace.training.loop import Recipe, Trainer
@@ -233,3 +234,18 @@ def test_detach_puts_the_model_back() -> None:
     bank.start((4,), (1.0,))
     bank.detach()
     assert {n: type(m) for n, m in model.named_modules()} == before
+
+
+def test_what_is_borrowed_is_held_once() -> None:
+    """The cuts of a look: once they are where they run, what they were copied from goes."""
+    bank = in_bank("llama").bank
+    cut: list[weakref.ref[Tensor]] = []
+
+    def cuts() -> Candidates:
+        made = bank.candidates.truncations(0, (1, 2), (1.0, 1.0))
+        cut.extend(weakref.ref(A) for A, _ in made.factors.values())
+        return made
+
+    with bank.borrowed(cuts()):
+        assert cut
+        assert not any(ref() is not None for ref in cut)
