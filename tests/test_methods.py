@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
@@ -20,7 +21,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data, load_data
 from rankrace.data.encoded import Task
 from rankrace.errors import RankraceError
-from rankrace.methods import METHODS, Running, find_method
+from rankrace.methods import METHODS, Running, adalora, find_method, peft_lora
 from rankrace.methods.adalora import Allocating
 from rankrace.methods.fixed import Fixed
 from rankrace.methods.houlsby import add_bottlenecks
@@ -209,24 +210,24 @@ def test_adalora_ends_on_its_budget(causal: tuple[RunConfig, Data]) -> None:
     assert running.described().parameters == sum(kept[n] * widths[n] for n in kept)
 
 
-def test_adalora_is_pefts_step_by_step(causal: tuple[RunConfig, Data], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Penalty, importance, budget, masks: against PEFT's own, from layer to layer, on the same gradients."""
+@pytest.mark.parametrize(("changes", "deltaT"), [(100, 1), (5, 4)])
+def test_adalora_is_pefts_step_by_step(
+    changes: int, deltaT: int, causal: tuple[RunConfig, Data], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Penalty, importance, uncertainty, masks, values: PEFT's own on a second model, on the same gradients."""
     config, data = causal
-    steps = config.model_copy(update={"max_steps": 20, "epochs": 50.0})
-    running = started("adalora-r8", steps, data)
+    monkeypatch.setattr(adalora, "EVERY", changes)
+    running = started("adalora-r8", config.model_copy(update={"max_steps": 20, "epochs": 50.0}), data)
     ours = running.trainer.optimizer
     assert isinstance(ours, Allocating)
-    total, end = 20, ours.last
-    assert (end, ours.settings.tinit, ours.settings.deltaT) == (14, 2, 1)
-    theirs = base_of(config, data)
-    peft_model = wrapped(theirs, ours.settings, config.seed)
+    assert (ours.last, ours.settings.tinit, ours.settings.deltaT) == (14, 2, deltaT)
+    ours.settings.beta2 = 0.5  # PEFT's two defaults are equal
+    peft_model = wrapped(base_of(config, data), ours.settings, config.seed)
     tuner: Any = peft_model.base_model
-    allocator = tuner.rankallocator
     named = trainable(peft_model)
     values, gradients = running.trainer.bank.values, running.trainer.bank.gradients
     for n, p in named.items():
-        p.data = p.data.to(values.all_KP.dtype)
-        torch.testing.assert_close(p.data, values.views[n][0], rtol=0, atol=0)
+        torch.testing.assert_close(p.detach(), values.views[n][0], rtol=0, atol=0)
     stepped: dict[str, torch.Tensor] = {}
     update = ours.own.step
 
@@ -237,40 +238,59 @@ def test_adalora_is_pefts_step_by_step(causal: tuple[RunConfig, Data], monkeypat
 
     monkeypatch.setattr(ours.own, "step", recorded)
     generator = torch.Generator().manual_seed(0)
-    masked = set()
-    for step in range(1, total + 1):
-        drawn = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) * 1e-2 for n, p in named.items()}
-        for n, g in drawn.items():
-            gradients.views[n][0].copy_(g)
-        norms = []
+    ids = torch.arange(4)[None]
+    masked = []
+    for step in range(1, 21):
+        tuner.zero_grad()
+        # What PEFT's forward adds to the model's own loss.
+        (tuner(input_ids=ids, labels=ids).loss - tuner.model(input_ids=ids, labels=ids).loss).backward()
         for n, p in named.items():
-            p.grad = None
-            if ".lora_A" in n or ".lora_B" in n:
-                gram = p @ p.T if ".lora_A" in n else p.T @ p
-                norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=p.dtype)))
-        (ours.settings.orth_reg_weight * torch.stack(norms).mean()).backward()
-        for n, p in named.items():
-            p.grad = drawn[n] if p.grad is None else p.grad + drawn[n]
-        ours.step([LR])
-        for n, p in named.items():  # our update for both, so that what follows it is compared
             assert p.grad is not None
-            torch.testing.assert_close(ours.kept.views[n][0], p.grad, rtol=1e-4, atol=1e-7)
-            p.grad = ours.kept.views[n][0].clone()
+            drawn = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 1e-2
+            gradients.views[n][0].copy_(drawn)
+            p.grad += drawn
+        ours.step([LR])
+        for n, p in named.items():
+            torch.testing.assert_close(ours.kept.views[n][0], p.grad, rtol=1e-10, atol=1e-13)
             p.data.copy_(stepped[n])
         tuner.update_and_allocate(step)
         for n, p in named.items():
             torch.testing.assert_close(p.detach(), values.views[n][0], rtol=0, atol=0)
-            if step < end:
-                for mean, flat in (
-                    (allocator.exp_avg_ipt, ours.importance),
-                    (allocator.exp_avg_unc, ours.uncertainty),
-                ):
-                    torch.testing.assert_close(
-                        mean[n.removeprefix("base_model.model.")], flat.views[n][0], rtol=1e-6, atol=0
-                    )
-        masked.add(int(ours.masked_LR.sum()))
-    assert len(masked) > 5
-    assert max(masked) == 4 * len(ours.E)
+        allocator = tuner.rankallocator
+        assert bool(allocator.exp_avg_ipt) == (step < ours.last)  # PEFT forgets them at the last change
+        for theirs, flat in ((allocator.exp_avg_ipt, ours.importance), (allocator.exp_avg_unc, ours.uncertainty)):
+            for n, mean in theirs.items():
+                if ".ranknum." not in n:
+                    mine = flat.views[f"base_model.model.{n}"][0]
+                    torch.testing.assert_close(mine, mean.detach(), rtol=1e-9, atol=1e-18)
+        pattern = tuner.peft_config["default"].rank_pattern or {}
+        for n, kept in pattern.items():
+            mask_R = ours.masked_LR[ours.E.index(f"base_model.model.{n}")]
+            assert mask_R.tolist() == [not k for k in kept]
+        masked.append(int(ours.masked_LR.sum()))
+        assert bool(pattern) == (masked[-1] > 0)
+    assert len(set(masked)) > 3
+    assert masked[-1] == 4 * len(ours.E)
+
+
+@pytest.mark.parametrize("reached", [1, 4, 7, 14, 17], ids=["warm-up", "budget", "unmasked", "last", "tail"])
+def test_adalora_goes_on_exactly_from_every_phase(
+    reached: int, causal: tuple[RunConfig, Data], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a file: masks, averages and moments too."""
+    config, data = causal
+    monkeypatch.setattr(adalora, "EVERY", 5)
+    whole, half, rest = (
+        started("adalora-r8", config.model_copy(update={"max_steps": 20, "epochs": 50.0}), data) for _ in range(3)
+    )
+    losses = [loss_K.item() for loss_K in whole.run()]
+    for _ in islice(half.run(), reached):
+        pass
+    save_file(half.tensors(), tmp_path / "half.safetensors")
+    rest.restore(load_file(tmp_path / "half.safetensors"), half.state())
+    assert [loss_K.item() for loss_K in rest.run()] == losses[reached:]
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(rest.tensors()[name], tensor, rtol=0, atol=0)
 
 
 def test_eva_starts_from_the_data(causal: tuple[RunConfig, Data]) -> None:
@@ -282,6 +302,18 @@ def test_eva_starts_from_the_data(causal: tuple[RunConfig, Data]) -> None:
         torch.testing.assert_close(A_RD @ A_RD.T, torch.eye(len(A_RD), dtype=A_RD.dtype), rtol=0, atol=1e-4)
     assert sum(len(A_RD) for A_RD in factors) == 16 * 14
     assert len({len(A_RD) for A_RD in factors}) > 1
+
+
+def test_eva_compares_few_inputs_and_finds_the_same(
+    causal: tuple[RunConfig, Data], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT hashes every number that it compares: a few rows tell layers apart as all do."""
+    config, data = causal
+    few = started("eva-r16", config, data).trainer.bank.values
+    monkeypatch.setattr(peft_lora, "COMPARED", peft_lora.EVA_INPUTS)
+    every = started("eva-r16", config, data).trainer.bank.values
+    assert few.views.keys() == every.views.keys()
+    torch.testing.assert_close(few.all_KP, every.all_KP, rtol=0, atol=0)
 
 
 def test_qlora_says_that_it_needs_a_gpu() -> None:

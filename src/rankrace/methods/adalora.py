@@ -79,7 +79,8 @@ class Allocating:
     """An optimiser that adds the penalty on factors that are not orthogonal, and masks singular values after a step.
 
     As PEFT's AdaLoraModel and RankAllocator do it, which are not called: they go from layer to layer, in thousands of
-    kernels and with hundreds of words to the host a step. Here all layers are one tensor, or one a shape.
+    kernels and with hundreds of words to the host a step. Here all layers are one tensor, or one a shape. All is done
+    on the masters, in full precision: in bfloat16 scores are equal so often that more is masked than the budget says.
 
     Shapes: L layers, R singular values of each at the start, P trained values.
     """
