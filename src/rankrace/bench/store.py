@@ -134,7 +134,7 @@ def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = Fal
 
 
 def tuning_jobs(experiment: Experiment, method: str, task: str, records: dict[str, Record]) -> list[Job]:
-    """None where there is nothing to choose from, or nothing to train; one more where the best so far is at an edge."""
+    """None where there is nothing to choose from or to train; one more where the best so far is at an edge."""
     tuning = experiment.tuning
     if len(tuning.scales) == 1 or method == "base":
         return []
