@@ -299,6 +299,33 @@ def test_all_methods_have_one_engine(tmp_path: Path, bert: Path) -> None:
     assert config_of(chosen, JOB, tmp_path, "cuda").cuda_graphs == "off"
 
 
+def test_a_rate_at_the_edge_is_gone_beyond(tmp_path: Path, bert: Path) -> None:
+    """As long as it is best, and no further than asked; a method whose best is inside needs no more."""
+    read = read_experiment(written(tmp_path, bert, methods=["full", "lora-r8", "lora-r16"], tasks=["rte"], seeds=[0],
+                                   tuning={"scales": [0.5, 1.5, 4.5], "beyond": 2}))  # fmt: skip
+    found: dict[str, Record] = {}
+
+    def finish(method: str, losses: dict[float, float]) -> None:
+        for scale, loss in losses.items():
+            key = Job(method=method, task="rte", seed=0, scale=scale, tuning=True).key
+            found[key] = {"status": "done", "scale": scale, "validation_loss": loss}
+
+    def next_of(method: str) -> list[str]:
+        return [
+            job.training.rpartition("--lr")[2] + "t" * job.tuning for job in due(read, found) if job.method == method
+        ]
+
+    finish("full", {0.5: 0.3, 1.5: 0.4, 4.5: 0.5})
+    finish("lora-r8", {0.5: 0.3, 1.5: 0.2, 4.5: 0.5})
+    finish("lora-r16", {0.5: 0.3, 1.5: 0.2, 4.5: 0.1})
+    assert [next_of(name) for name in ("full", "lora-r8", "lora-r16")] == [["0.17t"], ["1.5"], ["14t"]]
+    finish("full", {0.17: 0.35})
+    finish("lora-r16", {14.0: 0.05})
+    assert [next_of(name) for name in ("full", "lora-r16")] == [["0.5"], ["44t"]]
+    finish("lora-r16", {44.0: 0.01})
+    assert next_of("lora-r16") == ["44"], "no further than asked"
+
+
 def test_a_sitting_ends_with_whole_columns(tmp_path: Path, bert: Path) -> None:
     """Task by task: the tuning, then all methods seed by seed. What waits for its tuning is not held up for."""
     read = read_experiment(written(tmp_path, bert, methods=["full", "lora-r8"], tasks=["rte", "cola"], seeds=[0, 1],

@@ -6,6 +6,7 @@ tasks: [squad2, rte]
 seeds: [0, 1, 2]
 test_max: 1000                  # rows of the test part, the same for all
 tuning: {scales: [0.5, 1, 2]}   # times each method's default learning rate; the best on validation is used
+                                # (beyond: 2 tries up to two more where the best is the lowest or the highest)
 common: {epochs: 1}             # any option of `rankrace train`
 per_task: {gsm8k: {max_length: 768}}
 """
@@ -38,6 +39,8 @@ class Tuning(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    beyond: Annotated[int, Field(ge=0)] = 0
+    """While the best rate is the lowest or the highest tried, one more beyond it, at most so many."""
     seed: Annotated[int, Field(ge=0)] = 0
 
 

@@ -122,7 +122,7 @@ def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = Fal
     for task in experiment.tasks:
         tuned: dict[str, float] = {}
         for method in experiment.methods:
-            tuning = tuning_jobs(experiment, method, task)
+            tuning = tuning_jobs(experiment, method, task, records)
             open_ = [job for job in tuning if wanted(job)]
             missing += open_
             if not open_:
@@ -133,12 +133,27 @@ def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = Fal
     return missing
 
 
-def tuning_jobs(experiment: Experiment, method: str, task: str) -> list[Job]:
-    """None where there is nothing to choose from, or nothing to train."""
-    scales, seed = experiment.tuning.scales, experiment.tuning.seed
-    if len(scales) == 1 or method == "base":
+def tuning_jobs(experiment: Experiment, method: str, task: str, records: dict[str, Record]) -> list[Job]:
+    """None where there is nothing to choose from or to train; one more where the best so far is at an edge."""
+    tuning = experiment.tuning
+    if len(tuning.scales) == 1 or method == "base":
         return []
-    return [Job(method=method, task=task, seed=seed, scale=scale, tuning=True) for scale in scales]
+
+    def job(scale: float) -> Job:
+        return Job(method=method, task=task, seed=tuning.seed, scale=scale, tuning=True)
+
+    jobs = [job(scale) for scale in sorted(tuning.scales)]
+    for _ in range(tuning.beyond):
+        if any(j.key not in records for j in jobs):
+            break
+        best, (low, next_), (before, high) = best_scale(jobs, records), jobs[:2], jobs[-2:]
+        if best == low.scale:
+            jobs = [job(float(f"{low.scale**2 / next_.scale:.2g}")), *jobs]
+        elif best == high.scale:
+            jobs = [*jobs, job(float(f"{high.scale**2 / before.scale:.2g}"))]
+        else:
+            break
+    return jobs
 
 
 def best_scale(tuning: list[Job], records: dict[str, Record]) -> float:
