@@ -80,7 +80,7 @@ class Allocating:
 
     As PEFT's AdaLoraModel and RankAllocator do it, which are not called: they go from layer to layer, in thousands of
     kernels and with hundreds of words to the host a step. Here all layers are one tensor, or one a shape. All is done
-    on the masters, in full precision: in bfloat16 scores are equal so often that more is masked than the budget says.
+    on the masters, in full precision: in bfloat16 some scores are equal, and more is masked than the budget says.
 
     Shapes: L layers, R singular values of each at the start, P trained values.
     """
