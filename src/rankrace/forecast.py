@@ -180,7 +180,7 @@ def look_bytes(config: RunConfig, trainer: Trainer[Bank], cost: PassCost, R: int
     model, bank = trainer.model, trainer.bank
     cuts = int(config.refine) if config.strategy == "grid" else ranks_looked_at(config)
     cuts = trainer.abreast_on(examples, cuts) if cuts else 0
-    # The cuts in one piece of memory. Before, of some layers at a time, float64 copies of what they are cut from.
+    # The cuts twice, as while they are copied into one piece; before, float64 copies of some layers' factors.
     borrowed = candidate_bytes(bank, cuts, max(config.ranks), flats=2) if cuts else 0
     spectra = 8 * 2 * bank.trainable_parameters(R) * min(1.0, TOGETHER / len(bank.layers)) if cuts else 0
     rows = validation_batches([len(e) for e in examples], trainer.recipe.micro_tokens)

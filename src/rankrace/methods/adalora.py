@@ -132,10 +132,10 @@ class Allocating:
         s, last = self.settings, self.last
         if self.steps < last:
             self.weigh()
-        if self.steps == last or (s.tinit < self.steps < last and self.steps % s.deltaT == 0):
+        changes = self.steps == last or (s.tinit < self.steps < last and self.steps % s.deltaT == 0)
+        if changes:
             self.masked_LR = self.least(self.over_budget())
-            self.mask()
-        elif self.steps > last:
+        if changes or self.steps > last:
             self.mask()
         return norm_K
 
@@ -161,7 +161,7 @@ class Allocating:
             return torch.zeros_like(self.masked_LR)
         score = Flat.like(self.trained.values.views)
         torch.mul(*self.averages(), out=score.all_KP)
-        score_LR = torch.zeros_like(score.all_KP[0][self.place_LR])
+        score_LR = score.all_KP.new_zeros(self.place_LR.shape)
         for alike in self.alike:
             score_LR.index_add_(0, alike.layers_L, alike.of(score).mean(2))
         score_LR += score.all_KP[0][self.place_LR]

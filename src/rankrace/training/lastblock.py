@@ -40,7 +40,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {
 
 
 class OnlyWhereRead(nn.Module):
-    """What the last block's class becomes a child of."""
+    """What the last block becomes, beside what it is."""
 
 
 def read_only(trunk: nn.Module) -> bool:

@@ -127,8 +127,8 @@ class Trainer(Generic[B]):
         model = self.model
         self.passes = Eager(model)
         if self.recipe.graphs:
-            sizes = self.sizes()
-            sizes = size_buckets(sizes, graph_sizes(len(sizes) * self.total / self.per_epoch))
+            of_an_epoch = self.sizes()
+            sizes = size_buckets(of_an_epoch, graph_sizes(len(of_an_epoch) * self.total / self.per_epoch))
             self.passes = Graphs(model, sizes, lambda tokens: self.groups(tokens, len(self.lr_K)))
 
     # --- which candidates train
