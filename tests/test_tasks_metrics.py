@@ -220,6 +220,8 @@ def test_rouge_without_the_optional_package(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(RankraceError, match=r"rankrace\[eval\]"):
         TASKS["scitldr"].score(["x"], rows("x"))
+    with pytest.raises(RankraceError, match=r"rankrace\[eval\]"):  # before anything is trained, too
+        TASKS["scitldr"].splits(None, 0)
 
 
 # --- every task

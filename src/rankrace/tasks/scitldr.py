@@ -12,6 +12,7 @@ runs the old Perl script: its tokens, and its ROUGE-L of more than one sentence,
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rankrace.data.files import Rows, read_file
 from rankrace.errors import RankraceError
@@ -26,6 +27,7 @@ ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougel": "rougeL"}
 
 def _read(root: Path | None, seed: int) -> Splits:
     """The parts are the same for every seed."""
+    _scorer()  # what cannot be scored at its end should not begin
     if root is None:
         names = ("train", "validation", "test")
         parts = [_rows(_hub_columns(read_hub(*HUB, name, HUB_REVISION))) for name in names]
@@ -57,7 +59,8 @@ def _rows(papers: Rows) -> Rows:
     ]
 
 
-def _measure(predictions: Sequence[str], rows: Rows) -> dict[str, float]:
+def _scorer() -> Any:
+    """The package's own; it has no types."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
@@ -66,7 +69,11 @@ def _measure(predictions: Sequence[str], rows: Rows) -> dict[str, float]:
             why="it is an optional part of rankrace.",
             fix="pip install 'rankrace[eval]'.",
         ) from error
-    scorer = RougeScorer(list(ROUGE.values()))
+    return RougeScorer(list(ROUGE.values()))
+
+
+def _measure(predictions: Sequence[str], rows: Rows) -> dict[str, float]:
+    scorer = _scorer()
     sums = dict.fromkeys(ROUGE, 0.0)
     for prediction, row in zip(predictions, rows, strict=True):
         scores = [scorer.score(answer, prediction) for answer in row["answers"]]
