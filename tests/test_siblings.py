@@ -31,7 +31,7 @@ def group(K: int, R: int, bases: Sequence[nn.Module] | None = None, together: bo
     switch.active = slice(0, K)
     bases = bases or [nn.Linear(D_IN, d) for d in D_OUTS]
     layers = [BankLinear(base.double().requires_grad_(False), i, switch) for i, base in enumerate(bases)]
-    loaded = Loaded.of(
+    loaded = Loaded(
         Candidates(
             ranks=(R,) * K,
             multipliers=tuple(1.0 + k for k in range(K)),

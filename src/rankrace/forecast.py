@@ -180,14 +180,14 @@ def look_bytes(config: RunConfig, trainer: Trainer[Bank], cost: PassCost, R: int
     model, bank = trainer.model, trainer.bank
     cuts = int(config.refine) if config.strategy == "grid" else ranks_looked_at(config)
     cuts = trainer.abreast_on(examples, cuts) if cuts else 0
-    # The cuts twice, as while they are copied into one piece; before, float64 copies of some layers' factors.
-    borrowed = candidate_bytes(bank, cuts, max(config.ranks), flats=2) if cuts else 0
+    # Made in full precision; what measures them is a copy in the compute type, and the others go.
+    made, lent = (candidate_bytes(bank, cuts, max(config.ranks), flats=n) if cuts else 0 for n in (1, 0))
     spectra = 8 * 2 * bank.trainable_parameters(R) * min(1.0, TOGETHER / len(bank.layers)) if cuts else 0
     rows = validation_batches([len(e) for e in examples], trainer.recipe.micro_tokens)
     sizes = [model.pack(examples, row).size for row in rows]
     side_by_side = max(cuts, len(config.ranks) if config.strategy == "grid" else 1)
     passes = [cost.looking(size, trainer.abreast(size.tokens, side_by_side)) for size in sizes]
-    return round(max(borrowed + max(passes), spectra))
+    return round(max(made, lent + max(passes), spectra))
 
 
 def step_tokens(trainer: Trainer[Bank]) -> float:

@@ -18,7 +18,7 @@ from rankrace.bank.flat import Flat
 from rankrace.bank.head import BankHead
 from rankrace.bank.inputs import input_sizes
 from rankrace.bank.linear import BankLinear, BankSwitch, Siblings
-from rankrace.bank.loaded import Loaded
+from rankrace.bank.loaded import Lent, Loaded
 from rankrace.bank.siblings import find_siblings
 from rankrace.bank.targets import HEAD_NAMES, find_targets
 from rankrace.errors import RankraceError
@@ -62,6 +62,7 @@ class Bank:
             setattr(model.get_submodule(parent), child, replacement)
         self.siblings = {(name,): layer.siblings for name, layer in self.layers.items()}
         self._loaded: Loaded | None = None
+        self._lent: Lent | None = None
 
     def find_siblings(self, run: Callable[[], Any]) -> None:
         """From now on layers that `run`, a pass of the base, calls with one tensor are computed together."""
@@ -117,22 +118,27 @@ class Bank:
 
     def load(self, candidates: Candidates) -> None:
         """Makes a copy of these the candidates; `self.candidates` then follows their training."""
-        self.install(Loaded.of(candidates, self.model.dtype))
+        self.install(Loaded(candidates, self.model.dtype))
 
     def install(self, loaded: Loaded) -> None:
         """Points the layers at these candidates."""
         self._loaded = loaded
-        self.switch.active = slice(0, len(loaded.candidates.ranks))
+        self.compute_with(loaded)
         for name, layer in self.layers.items():
             layer.A_KRD, layer.B_KDR = (loaded.parameter(f"{name}.{ab}") for ab in "AB")
-            layer.compute_sB_KDR = loaded.compute.views[f"{name}.B"]
         for names, siblings in self.siblings.items():
-            A = [f"{name}.A" for name in names]
-            siblings.multiplier_K = loaded.multiplier_K
-            siblings.compute_A_KRD = loaded.compute.joined(A)
-            siblings.A_grad_KRD = loaded.gradients.joined(A) if loaded.trainable else None
+            siblings.A_grad_KRD = loaded.gradients.joined([f"{name}.A" for name in names])
+
+    def compute_with(self, running: Loaded | Lent) -> None:
+        """What a forward pass reads."""
+        self.switch.active = slice(0, len(running.ranks))
+        for name, layer in self.layers.items():
+            layer.compute_sB_KDR = running.compute.views[f"{name}.B"]
+        for names, siblings in self.siblings.items():
+            siblings.multiplier_K = running.multiplier_K
+            siblings.compute_A_KRD = running.compute.joined([f"{name}.A" for name in names])
         for name, head in self.heads.items():
-            head.stacked = nn.ParameterList([loaded.parameter(f"{name}.{i}") for i in range(len(head.names))])
+            head.stacked = nn.ParameterList([running.parameter(f"{name}.{i}") for i in range(len(head.names))])
 
     @property
     def loaded(self) -> Loaded:
@@ -160,20 +166,21 @@ class Bank:
     def refresh(self) -> None:
         """Brings what the products use up to date with the factors; to be called before each pass."""
         if self.switch.enabled:
-            self.loaded.refresh()
+            (self._lent or self.loaded).refresh()
         for siblings in self.siblings.values():
             siblings.forget()  # what a pass that failed half-way may have left
 
     @contextmanager
     def borrowed(self, candidates: Candidates) -> Iterator[None]:
         """Measures other candidates for a while, then puts the present ones back as they were."""
-        before = self.loaded
         try:
-            self.install(Loaded.of(candidates, self.model.dtype, trainable=False))
-            del candidates  # what was copied goes, if nobody else wants it
+            self._lent = Lent(candidates, self.model.dtype)
+            del candidates  # what was made for this goes, if nobody else wants it
+            self.compute_with(self._lent)
             yield
         finally:
-            self.install(before)
+            self._lent = None
+            self.install(self.loaded)
 
     # --- how a pass runs
 

@@ -7,6 +7,7 @@ them outermost (x, y and their gradients g below).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class Siblings:
 
         The adapters' products run per candidate (bmm), never over a concatenation of candidates, where 0·NaN would
         carry one's divergence into the others. They come first, and the base's large products add themselves to them
-        (β = 1): a pass over memory less than the other way round.
+        (β = 1), if they can: a pass over memory less than the other way round.
         """
         s, layers = self.switch, self.layers
         A, sBs = self.compute_A_KRD[s.active], [layer.compute_sB_KDR[s.active] for layer in layers]
@@ -133,12 +134,21 @@ class Siblings:
         if not through:
             return None
         gx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        gx_KTD = torch.bmm(gh_KTR, kept.A_KRD, out=per_candidate(gx, K))
+        adds = [partial(way_back, g, gx) for way_back, g in zip(kept.ways_back, gs, strict=True)]
+        adapters = partial(self.add_adapters, gh_KTR, kept, per_candidate(gx, K))
+        adds.insert(len(adds) if self.layers[0].product.comes_first else 0, adapters)
+        for i, add in enumerate(adds):
+            add(i == 0)
+        return gx
+
+    def add_adapters(self, gh_KTR: Tensor, kept: Kept, gx_KTD: Tensor, fresh: bool) -> None:
+        """Adds their part of the gradient of x, or writes it where nothing is yet."""
+        if kept.p and not fresh:
+            gx_KTD.add_(self.dropout(torch.bmm(gh_KTR, kept.A_KRD), kept.p))
+            return
+        gx_KTD.baddbmm_(gh_KTR, kept.A_KRD, beta=0 if fresh else 1)
         if kept.p:
             gx_KTD.copy_(self.dropout(gx_KTD, kept.p))
-        for add_input_gradient, g in zip(kept.ways_back, gs, strict=True):
-            add_input_gradient(g, gx)
-        return gx
 
     # --- who asks
 

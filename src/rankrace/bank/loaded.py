@@ -1,58 +1,75 @@
-"""Candidates in the memory that they are trained in.
+"""Candidates in the memory that they run in: to be trained, or only to be measured.
 
 Shapes: K candidates, P all parameters of one, P_A those of its factors A, which come first.
 """
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankrace.bank.candidates import Candidates
 from rankrace.bank.flat import Flat
 
 
+class Lent:
+    """Candidates that are measured: the factors as the products use them, in the model's type, and the heads.
+
+    The factors in full precision are not held, so whoever made them for the occasion can let them go.
+    """
+
+    def __init__(self, candidates: Candidates, dtype: torch.dtype) -> None:
+        tensors = candidates.tensors()
+        first = next(iter(tensors.values()))
+        factors = {f"{n}.{ab}": tensors[f"{n}.{ab}"] for ab in "AB" for n in candidates.factors}
+        shapes = {name: t.shape[1:] for name, t in factors.items()}
+        self.ranks = candidates.ranks
+        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=first.dtype, device=first.device)
+        self.compute = Flat(shapes, len(self.ranks), dtype=dtype, device=first.device)
+        self.heads = {name: t for name, t in tensors.items() if name not in factors}
+        for name, t in factors.items():
+            # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
+            scaled = t * self.multiplier_K[:, None, None] if name.endswith(".B") else t
+            self.compute.views[name].copy_(scaled)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Of a head."""
+        return nn.Parameter(self.heads[name], requires_grad=False)
+
+    def refresh(self) -> None:
+        """They do not change."""
+
+
 class Loaded:
-    """Candidates in the memory that they are trained in: a few large pieces instead of thousands of small ones.
+    """Candidates that are trained: a few large pieces of memory instead of thousands of small ones.
 
     `candidates` holds views into `values`; `compute` is what the products use, in the model's type.
     """
 
-    def __init__(self, candidates: Candidates, values: Flat, gradients: Flat | None, compute: Flat) -> None:
-        self.candidates, self.values, self.compute = candidates, values, compute
-        self._gradients = gradients
-        self.trainable = gradients is not None
-        first = values.all_KP
-        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=first.dtype, device=first.device)
-        self._P_A = sum(A[0].numel() for A, _ in candidates.factors.values())
-
-    @staticmethod
-    def of(candidates: Candidates, dtype: torch.dtype, *, trainable: bool = True) -> "Loaded":
+    def __init__(self, candidates: Candidates, dtype: torch.dtype) -> None:
         """A copy of these candidates, for a model of this type."""
-        values = Flat.of(candidates.tensors())
-        factors = [f"{n}.{ab}" for ab in "AB" for n in candidates.factors]
-        shapes = {name: values.views[name].shape[1:] for name in factors}
-        return Loaded(
-            candidates.with_tensors(values.views),
-            values,
-            Flat.like(values.views) if trainable else None,
-            Flat(shapes, len(candidates.ranks), dtype=dtype, device=values.all_KP.device),
-        )
-
-    @property
-    def gradients(self) -> Flat:
-        assert self._gradients is not None, "borrowed candidates are measured, not trained"
-        return self._gradients
+        self.values = Flat.of(candidates.tensors())
+        self.gradients = Flat.like(self.values.views)
+        self.candidates = candidates.with_tensors(self.values.views)
+        self.ranks = candidates.ranks
+        first = self.values.all_KP
+        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=first.dtype, device=first.device)
+        factors: Mapping[str, Tensor] = {
+            f"{n}.{ab}": self.values.views[f"{n}.{ab}"] for ab in "AB" for n in candidates.factors
+        }
+        shapes = {name: t.shape[1:] for name, t in factors.items()}
+        self.compute = Flat(shapes, len(self.ranks), dtype=dtype, device=first.device)
+        self._P_A = sum(A[0].numel() for A, _ in candidates.factors.values())
 
     def parameter(self, name: str) -> nn.Parameter:
         """A view into the values as a parameter, whose gradient is a view into the gradients."""
         parameter = nn.Parameter(self.values.views[name])
-        if self._gradients is not None:
-            parameter.grad = self._gradients.views[name]
+        parameter.grad = self.gradients.views[name]
         return parameter
 
     def refresh(self) -> None:
         """Brings what the products use up to date with the factors."""
         values_KP, compute_KP, P_A = self.values.all_KP, self.compute.all_KP, self._P_A
         compute_KP[:, :P_A].copy_(values_KP[:, :P_A])
-        # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
-        B_KP = values_KP[:, P_A : compute_KP.shape[1]]
+        B_KP = values_KP[:, P_A : compute_KP.shape[1]]  # scaled in full precision: see Lent
         torch.mul(B_KP, self.multiplier_K[:, None], out=compute_KP[:, P_A:])

@@ -66,12 +66,10 @@ class Fp8Linear(nn.Linear):
         """Writes x Wᵀ + b to y."""
         _multiply(x_hat_TD, self.weight.T, scale_T1, self.scale_O[None], y_TO, self.bias)
 
-    def input_gradient(self, g: Tensor, rounding: Rounding) -> Tensor:
-        """g W [T, D]."""
+    def input_gradient(self, g: Tensor, gx_TD: Tensor, rounding: Rounding) -> None:
+        """Writes g W to gx."""
         g_hat_TO, scale_T1 = rounding(g.reshape(-1, self.out_features), self.scale_O)
-        gx_TD = g.new_empty(len(g_hat_TO), self.in_features)
         _multiply(g_hat_TO, self.transposed_DO.T, scale_T1, self.ones_D[None], gx_TD, None)
-        return gx_TD
 
     def forward(self, input: Tensor) -> Tensor:
         """Without an adapter."""
@@ -99,7 +97,9 @@ class _Alone(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.layer.input_gradient(g, rounded).view(*g.shape[:-1], -1), None
+        gx = g.new_empty(*g.shape[:-1], ctx.layer.in_features)
+        ctx.layer.input_gradient(g, gx.view(-1, gx.shape[-1]), rounded)
+        return gx, None
 
 
 @torch.compiler.disable
@@ -117,7 +117,9 @@ class Read:
 
 
 class Fp8Product:
-    """The 8-bit product cannot add itself to anything, so it comes first."""
+    """The 8-bit product cannot add itself to anything."""
+
+    comes_first = True
 
     def __init__(self, base: Fp8Linear, switch: Rounds) -> None:
         self.base, self.switch = base, switch
@@ -132,8 +134,11 @@ class Fp8Product:
         per_candidate(y, len(h_KTR)).baddbmm_(h_KTR, sB_KDR.mT)
         return self.add_input_gradient, y
 
-    def add_input_gradient(self, g: Tensor, gx: Tensor) -> None:
-        gx.view(-1, gx.shape[-1]).add_(self.base.input_gradient(g, self.switch.rounded))
+    def add_input_gradient(self, g: Tensor, gx: Tensor, fresh: bool) -> None:
+        own = gx if fresh else torch.empty_like(gx)
+        self.base.input_gradient(g, own.view(-1, own.shape[-1]), self.switch.rounded)
+        if not fresh:
+            gx.add_(own)
 
 
 def quantized(linear: nn.Linear, device: torch.device) -> Fp8Linear:
@@ -173,3 +178,17 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
             why="torch's kernels with a scale for each row give other types",
             fix="use --dtype bfloat16, or leave out --quantize",
         )
+    if device.type == "cpu":
+        _try(device, dtype)
+
+
+def _try(device: torch.device, dtype: torch.dtype) -> None:
+    one = torch.ones(STEP, STEP, dtype=dtype, device=device)
+    try:
+        Fp8Linear(one, None)(one)
+    except RuntimeError as error:
+        raise RankraceError(
+            f"torch {torch.__version__} has no 8-bit products with a scale for each row on {device.type}",
+            why=f"it says: {str(error).splitlines()[0][:200]}",
+            fix="use torch 2.13 or later, or leave out --quantize",
+        ) from error

@@ -9,6 +9,8 @@ from rankrace.bank.base.product import InputGradient, adapter_product
 class OwnProduct:
     """Keeps from the forward whatever the layer's own backward wants."""
 
+    comes_first = False
+
     def __init__(self, base: nn.Module) -> None:
         self.base = base
 
@@ -20,7 +22,8 @@ class OwnProduct:
             x = read.detach().requires_grad_()
             y = self.base(x)
 
-        def through_graph(g: Tensor, gx: Tensor) -> None:
-            gx.add_(torch.autograd.grad(y, x, g)[0])
+        def through_graph(g: Tensor, gx: Tensor, fresh: bool) -> None:
+            (own,) = torch.autograd.grad(y, x, g)
+            gx.copy_(own) if fresh else gx.add_(own)
 
         return through_graph, adapter_product(read, h_KTR, sB_KDR).add_(y.detach())

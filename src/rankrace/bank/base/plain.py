@@ -15,6 +15,8 @@ class PlainProduct:
     weight: gives W [O, D]; called once on the way there and once on the way back, so that nothing is kept.
     """
 
+    comes_first = False
+
     def __init__(self, base: Any, weight: Callable[[], Tensor]) -> None:
         self.base, self.weight = base, weight
 
@@ -31,6 +33,6 @@ class PlainProduct:
         y.view(-1, W_OD.shape[0]).addmm_(read.reshape(-1, W_OD.shape[1]), W_OD.T)
         return self.add_input_gradient, y
 
-    def add_input_gradient(self, g: Tensor, gx: Tensor) -> None:
+    def add_input_gradient(self, g: Tensor, gx: Tensor, fresh: bool) -> None:
         W_OD = self.weight()
-        gx.view(-1, W_OD.shape[1]).addmm_(g.reshape(-1, W_OD.shape[0]), W_OD)
+        gx.view(-1, W_OD.shape[1]).addmm_(g.reshape(-1, W_OD.shape[0]), W_OD, beta=0 if fresh else 1)

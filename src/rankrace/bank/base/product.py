@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-InputGradient = Callable[[Tensor, Tensor], Any]
-"""(g, gx): adds g W, the gradient of base(x) with respect to x, to gx."""
+InputGradient = Callable[[Tensor, Tensor, bool], Any]
+"""(g, gx, fresh): adds g W, the gradient of base(x) with respect to x, to gx, or writes it there if gx is fresh."""
 Rounding = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """`fp8.rounded`."""
 
@@ -20,6 +20,9 @@ class Rounds(Protocol):
 
 class Product(Protocol):
     """y = x Wᵀ + b of one frozen layer, both ways, on which the adapters' products ride."""
+
+    comes_first: bool
+    """It cannot add itself to what is there, so on the way back the adapters add themselves to it."""
 
     def read(self, x: Tensor) -> Any:
         """What `output` wants of x, made once for all layers that read x."""
