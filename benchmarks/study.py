@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
 from rankrace.bank import Bank
-from rankrace.config import RunConfig
+from rankrace.config import Quantize, RunConfig
 from rankrace.data import Data, encode_splits, make_encoder, split_rows
 from rankrace.data.sources import SourceRows
 from rankrace.select.learning_rate import default_lr, multiplier
@@ -97,11 +97,15 @@ class Study:
             validation_max=LOOKED + FRESH,
             micro_tokens=given.micro_tokens,
             device=given.device,
+            quantize=given.quantize,
         )
         self.compiled = not given.no_compile
         cuda = torch.device(given.device).type == "cuda"
         dtype = torch.bfloat16 if cuda else torch.float32
-        self.hf = load_model(given.model, "causal", None, device=torch.device(given.device), dtype=dtype, seed=seed)
+        self.hf = load_model(
+            given.model, "causal", None, device=torch.device(given.device), dtype=dtype, seed=seed,
+            quantize_to=given.quantize,
+        )  # fmt: skip
         self.data = read(name, given.data, self.config)
         examples = self.data.validation.examples
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))
@@ -129,6 +133,7 @@ class Study:
             "lr": self.lr,
             "alpha": ALPHA,
             "warmup": self.config.warmup,
+            "quantize": self.config.quantize,
             "steps": self.config.max_steps,
             "batch_size": self.config.batch_size,
             "train_examples": len(self.data.train),
@@ -154,6 +159,7 @@ def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--micro-tokens", type=int, default=20480)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--quantize", choices=get_args(Quantize), default="none", help="of the frozen base")
     parser.add_argument("--stop-after", type=float, default=1e9, help="seconds after which no new unit starts")
     parser.add_argument("--out", type=Path, default=Path(out))
     return parser
@@ -162,7 +168,7 @@ def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
 def run_units(
     given: argparse.Namespace, module: str, run: Callable[[Study], dict[str, Any]], kind: str = "", options: str = ""
 ) -> None:
-    """Every unit that is not there yet, into a file of its own.
+    """Every unit that is not there yet, into a file of its own, whose name also says how the base is quantised.
 
     Args:
         kind: the end of the files' names.
@@ -170,6 +176,8 @@ def run_units(
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if given.quantize != "none":
+        kind, options = f"{kind}-{given.quantize}", f"{options} --quantize {given.quantize}"
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     for unit in given.units.split(","):

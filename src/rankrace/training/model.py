@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rankrace.bank import check_quantize, quantize
+from rankrace.bank.base.fp8 import Fp8Linear
 from rankrace.config import Quantize
 from rankrace.data.encoded import NO_LABEL, Encoded, Task
 from rankrace.data.pack import Packed, pack
@@ -170,7 +171,9 @@ class PackedModel(Generic[B]):
             self.model.set_attn_implementation("eager")
             own_S = torch.cat([self.own_losses(packed, n) for n in range(len(packed.lengths_N))])
             self.model.set_attn_implementation(attention.NAME)
-        tolerance = {torch.float64: 1e-5, torch.float32: 2e-3}.get(self.model.dtype, 0.15)
+        # Rounding to 8 bits turns a difference in the last bit into one of 1/16.
+        exact = not any(isinstance(module, Fp8Linear) for module in self.model.modules())
+        tolerance = {torch.float64: 1e-5, torch.float32: 2e-3}.get(self.model.dtype, 0.15) if exact else 0.15
         worst = (ours_S - own_S).abs().max().item()
         if not worst <= tolerance * max(1.0, own_S.abs().max().item()):
             raise RankraceError(
