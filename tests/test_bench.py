@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import pytest
 import yaml
 
 from commandline import Ran, assert_refused, rankrace
+from rankrace.bench import local
 from rankrace.bench.experiment import Job, config_of, read_experiment
 from rankrace.bench.job import perform
 from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, sight_of
 from rankrace.bench.paired import difference
 from rankrace.bench.record import Record
-from rankrace.bench.store import due
+from rankrace.bench.store import Store, due
 from rankrace.bench.table import Table, build, t_half_width
 from rankrace.errors import RankraceError
 from rankrace.tasks import find_task
@@ -287,6 +289,41 @@ def test_a_gpu_with_runs_takes_another_only_where_there_is_room(monkeypatch: pyt
     assert [has_room(gpu, 10.0, slots) for gpu in (0, 1)] == [False, True]
     assert has_room(0, 10.0, slots[1:]), "the first run says itself what is missing"
     assert has_room(0, 0.0, slots)
+    assert not has_room(0, 0.0, slots, alone=True)
+    slots = [Slot(gpu=0, job=JOB, alone=True), Slot(gpu=0), Slot(gpu=1, job=JOB), Slot(gpu=1, job=JOB), Slot(gpu=1)]
+    assert free_slot(slots) is slots[-1], "the other GPU is taken, however few runs it has"
+
+
+def test_a_run_that_found_no_memory_beside_others_goes_again_alone(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slots on what is said to be one GPU; the runs' processes use the CPU. The first to end says that memory ran
+    out, once; its record goes, and it runs again when nothing else does."""
+    read = read_experiment(written(tmp_path, bert, methods=["base"], tasks=["rte"], seeds=[0, 1, 2]))
+    store, done, began = Store(tmp_path / "out"), list[Record](), list[tuple[str, int]]()
+    monkeypatch.setattr(local, "gpus_of", lambda _: [0])
+    begin, ended = Slot.begin, list[Record]()
+
+    def noted(slot: Slot, job: Job, work: Work, context: Any, *, alone: bool = False) -> None:
+        began.append((job.key, alone))
+        begin(slot, job, replace(work, device="cpu"), context, alone=alone)
+
+    monkeypatch.setattr(Slot, "begin", noted)
+    monkeypatch.setattr(local, "ran_out_of_memory", lambda record: ended.append(record) or len(ended) == 1)
+
+    def upcoming(working: set[str]) -> list[Job]:
+        tried = {one["key"] for one in done}
+        return [job for job in due(read, {}, retry=False) if job.key not in working | tried]
+
+    for one in local.run_processes(read, store, upcoming, "cuda", 60.0, 2, 0.0):
+        done.append(one)
+    keys = [job.key for job in due(read, {}, retry=False)]
+    assert sorted(one["key"] for one in done) == sorted(keys)
+    again = began[-1][0]
+    assert [alone for _, alone in began] == [False, False, False, True]
+    assert again == done[-1]["key"]
+    assert [key for key, _ in began].count(again) == 2
+    assert all(json.loads((tmp_path / "out" / "runs" / f"{key}.json").read_text()) for key in keys)
 
 
 def test_all_methods_have_one_engine(tmp_path: Path, bert: Path) -> None:

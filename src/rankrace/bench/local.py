@@ -6,6 +6,8 @@ slots ≥ 1: so many processes at once, spread evenly over the GPUs. One that is
 On a GPU a process does one run after another, since its start and the data cost as much as a short training; after a
 failure, or if something is left in the GPU's memory, a fresh one takes its place. On a CPU each run has a process of
 its own, whose peak of memory is then the run's.
+
+A run that finds no memory beside others on its GPU goes again when the rest is done, with the GPU to itself.
 """
 
 import gc
@@ -26,7 +28,7 @@ import torch
 
 from rankrace.bench.experiment import Experiment, Job
 from rankrace.bench.job import Stopped, perform
-from rankrace.bench.record import Record, begun, failed, write_record
+from rankrace.bench.record import Record, begun, failed, remove_record, write_record
 from rankrace.bench.store import Store
 from rankrace.interrupt import Interrupted
 
@@ -62,8 +64,10 @@ class Slot:
     process: ForkServerProcess | SpawnProcess | None = None
     pipe: Connection | None = None
     job: Job | None = None
+    alone: bool = False
+    """Nothing else may begin on the GPU."""
 
-    def begin(self, job: Job, work: Work, context: ForkServerContext | SpawnContext) -> None:
+    def begin(self, job: Job, work: Work, context: ForkServerContext | SpawnContext, *, alone: bool = False) -> None:
         if self.process is None:
             self.pipe, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, work, self.gpu is not None))
@@ -72,8 +76,12 @@ class Slot:
             theirs.close()
             self.process = process
         assert self.pipe is not None
-        self.job = job
+        self.job, self.alone = job, alone
         self.pipe.send(job)
+
+    def end(self) -> None:
+        """The run is over."""
+        self.job, self.alone = None, False
 
     def release(self) -> None:
         """Lets an idle process end, and forgets it."""
@@ -110,19 +118,27 @@ def run_processes(
         experiment=experiment, folder=store.folder.absolute(), device="cuda" if gpus else device, save_s=save_s,
         sharing=-(-slots // max(1, len(gpus))), threads=max(1, torch.get_num_threads() // slots),
     )  # fmt: skip
+    crowded_out: set[str] = set()
     try:
         while True:
-            for job in upcoming({slot.job.key for slot in places if slot.job}):
-                slot = free_slot(places)
-                if slot is None or not has_room(slot.gpu, memory_gib, places):
+            jobs = upcoming({slot.job.key for slot in places if slot.job})
+            for job in sorted(jobs, key=lambda job: job.key in crowded_out):
+                slot, alone = free_slot(places), job.key in crowded_out
+                if slot is None or not has_room(slot.gpu, memory_gib, places, alone=alone):
                     break
-                slot.begin(job, work, context)
+                slot.begin(job, work, context, alone=alone)
             busy = [slot for slot in places if slot.job]
             if not busy:
                 return
             wait([slot.pipe for slot in busy if slot.pipe], POLL_S)
             for slot in busy:
-                yield from finished(slot, work)
+                company = any(other is not slot and other.gpu == slot.gpu for other in busy)
+                for record in finished(slot, work):
+                    if company and slot.gpu is not None and ran_out_of_memory(record):
+                        crowded_out.add(record["key"])
+                        remove_record(store.folder, record["key"])
+                    else:
+                        yield record
     finally:
         for slot in places:
             if slot.process is not None and slot.job is not None:
@@ -156,14 +172,17 @@ def sight_of(gpu: int | None) -> Iterator[None]:
 def free_slot(slots: Sequence[Slot]) -> Slot | None:
     """Of those on the GPU with the fewest runs one whose process is there already, if there is one."""
     running = [slot.gpu for slot in slots if slot.job]
-    free = [slot for slot in slots if slot.job is None]
+    closed = {slot.gpu for slot in slots if slot.alone}
+    free = [slot for slot in slots if slot.job is None and slot.gpu not in closed]
     return min(free, key=lambda slot: (running.count(slot.gpu), slot.process is None), default=None)
 
 
-def has_room(gpu: int | None, memory_gib: float, slots: Sequence[Slot]) -> bool:
+def has_room(gpu: int | None, memory_gib: float, slots: Sequence[Slot], *, alone: bool = False) -> bool:
     """Whether another run fits on the GPU. The first one starts in any case: it says itself what is missing."""
-    if gpu is None or memory_gib == 0 or not any(slot.job for slot in slots if slot.gpu == gpu):
+    if gpu is None or not any(slot.job for slot in slots if slot.gpu == gpu):
         return True
+    if alone or memory_gib == 0:
+        return not alone
     free, _ = torch.cuda.mem_get_info(gpu)
     return free / 2**30 >= memory_gib
 
@@ -182,15 +201,19 @@ def finished(slot: Slot, work: Work) -> Iterator[Record]:
         process.join()
         code = process.exitcode
         assert code is not None
-        slot.job = None
+        slot.end()
         slot.release()
         if code not in (STOPPED, -signal.SIGTERM):  # a run that was asked to stop is missing still
             yield record_failure(work.experiment, job, work.folder, how_it_ended(job, code), work.sharing)
         return
-    slot.job = None
+    slot.end()
     if not stays:
         slot.release()
     yield json.loads((work.folder / "runs" / f"{job.key}.json").read_text(encoding="utf-8"))
+
+
+def ran_out_of_memory(record: Record) -> bool:
+    return record["status"] == "failed" and "out of memory" in record["error"].splitlines()[0].lower()
 
 
 def how_it_ended(job: Job, code: int) -> str:

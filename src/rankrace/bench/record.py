@@ -55,6 +55,11 @@ def write_record(folder: Path, record: Record) -> None:
     replace_text(folder / "runs" / f"{record['key']}.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def remove_record(folder: Path, key: str) -> None:
+    """The run is missing again."""
+    (folder / "runs" / f"{key}.json").unlink()
+
+
 def provenance() -> Record:
     """When it ran and which code: git's commit, or where the package is no checkout $RANKRACE_COMMIT (+: changed)."""
 
