@@ -212,6 +212,8 @@ WARNED = GOLDEN["decision"]
         (result(decision=WARNED | {"capped": True}), "Decided at the limit"),
         (result(decision=WARNED | {"confident": False}), "Not confident"),
         (result(loss={"base": 0.5, "final": 0.5, "final_se": None}), "No gain"),
+        (result(loss={"base": 4.0, "final": 5.1, "final_se": None}), "Lost again: at "),
+        (result(loss={"base": 4.0, "final": 2.5, "final_se": None}), "Lost again: at "),
         (diverged(), "Diverged: rank 128 was"),
     ],
 )

@@ -66,7 +66,13 @@ def r16_share(result: Result) -> str | None:
 def warnings(result: Result) -> list[str]:
     """What a reader must know before trusting the choice."""
     found = []
-    if result.loss.final >= result.loss.base:
+    if (before := loss_when_chosen(result)) is not None and result.loss.final > (before + result.loss.base) / 2:
+        found.append(
+            f"Lost again: at {percent(result.decision.fraction)} of training the validation loss was {loss(before)}, "
+            f"at its end {loss(result.loss.final)}, and {loss(result.loss.base)} without the adapter. Either the "
+            "learning rate is too high for this rank or the training too long: lower --lr or --epochs."
+        )
+    elif result.loss.final >= result.loss.base:
         found.append(
             "No gain: the validation loss with the adapter is not below that of the base model. "
             "Check the data with rankrace preview and the learning rate."
@@ -77,6 +83,12 @@ def warnings(result: Result) -> list[str]:
         verb = "was" if len(lost) == 1 else "were"
         found.append(f"Diverged: {_named(lost)} {verb} removed when the loss or a gradient was no longer finite.")
     return found
+
+
+def loss_when_chosen(result: Result) -> float | None:
+    """Of the chosen rank at the look that chose it; None if nothing was gained by then, or it was not measured."""
+    found = next((p.loss for p in result.curve if p.rank == result.rank), None)
+    return found if found is not None and found < result.loss.base else None
 
 
 def doubts(rank: int, decision: Decision) -> list[str]:
