@@ -1,6 +1,7 @@
 """What a cut of the rank does to the training that follows, and which part of it is the learning rate.
 
     python -m benchmarks.after_cut --model SMOLLM2_FOLDER --data DATA --units gsm8k:0,squad2:0 --lr-scale 2
+    python -m benchmarks.after_cut … --arms rates --out results/selection/after_cut_rates
 
 One wide candidate trains to CUT of the training. From there all arms train on side by side, on the same batches, and
 are measured on the same held-out examples at each look:
@@ -12,6 +13,9 @@ are measured on the same held-out examples at each look:
 - fast-r: the balanced wide one with the learning rate times √(wide/r), the gain in speed of a cut without the cut;
 - pooled-r: the singular values of all layers in one pool, the largest kept within the budget of rank r;
   weighted-r: the same, each value weighted by the size of its layer's inputs.
+
+`--arms rates`: cuts alone, and each with the learning rate times (r/16)^¼ (cool-r) or √(r/16) (cold-r), since small
+ranks stand less of a rate than large ones.
 
 One JSON file a unit and learning rate (benchmarks/study.py).
 
@@ -44,6 +48,7 @@ class Arm:
 
 
 def arms(trainer: Trainer[Bank], whole: Mapping[str, Spectrum]) -> list[Arm]:
+    """Those of `--arms cuts`."""
     model, bank = trainer.model, trainer.bank
     weights = bank.input_sizes(lambda: model.losses(model.pack(trainer.train, range(16))))
     plain = dict.fromkeys(weights, 1.0)
@@ -55,6 +60,19 @@ def arms(trainer: Trainer[Bank], whole: Mapping[str, Spectrum]) -> list[Arm]:
         *(Arm(name=f"pooled-{r}", rank=r, allocation=pooled(bank, whole, plain, r)) for r in (4, 16)),
         Arm(name="weighted-4", rank=4, allocation=pooled(bank, whole, weights, 4)),
     ]
+
+
+def rates(trainer: Trainer[Bank], whole: Mapping[str, Spectrum]) -> list[Arm]:
+    """Those of `--arms rates`."""
+    small = (1, 2, 4, 8)
+    return [
+        *(Arm(name=f"cut-{r}", rank=r) for r in (*small, 16)),
+        *(Arm(name=f"cool-{r}", rank=r, rate=(r / 16) ** 0.25) for r in small),
+        *(Arm(name=f"cold-{r}", rank=r, rate=(r / 16) ** 0.5) for r in small),
+    ]
+
+
+ARMS = {"cuts": arms, "rates": rates}
 
 
 def pooled(bank: Bank, whole: Mapping[str, Spectrum], weights: Mapping[str, float], rank: int) -> dict[str, int]:
@@ -92,7 +110,7 @@ def stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
 
 
-def run(study: Study, scale: float) -> dict[str, Any]:
+def run(study: Study, scale: float, chosen: str) -> dict[str, Any]:
     trainer, lr = study.trainer(), study.lr * scale
     bank = trainer.bank
     bank.start([WIDE], [ALPHA / WIDE])
@@ -101,7 +119,7 @@ def run(study: Study, scale: float) -> dict[str, Any]:
         pass
     wide, optimizer = bank.candidates.keep([0]), trainer.optimizer
     whole = wide.spectra(0)
-    cuts = arms(trainer, whole)
+    cuts = ARMS[chosen](trainer, whole)
     parts = [(wide, optimizer.mean.views, optimizer.square.views), *(cut(trainer, wide, whole, a) for a in cuts)]
     values, means, squares = zip(*((c.tensors(), m, s) for c, m, s in parts), strict=True)
     like = wide.tensors()
@@ -139,14 +157,15 @@ def run(study: Study, scale: float) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__, "results/selection/after_cut")
     parser.add_argument("--lr-scale", type=float, default=1.0, help="times the default learning rate")
+    parser.add_argument("--arms", choices=ARMS, default="cuts")
     given = parser.parse_args()
-    scale = given.lr_scale
+    scale, chosen = given.lr_scale, given.arms
     run_units(
         given,
         "benchmarks.after_cut",
-        lambda study: run(study, scale),
+        lambda study: run(study, scale, chosen),
         kind=f"-lr{scale:g}",
-        options=f" --lr-scale {scale:g}",
+        options=f" --lr-scale {scale:g} --arms {chosen}",
     )
 
 

@@ -235,5 +235,5 @@ def choices(root: Path = ROOT) -> dict[tuple[str, str], dict[int, int]]:
     return found
 
 
-def after_cuts(root: Path = ROOT) -> list[dict[str, Any]]:
-    return [record for _, record in read(root / "after_cut")]
+def after_cuts(root: Path = ROOT, folder: str = "after_cut") -> list[dict[str, Any]]:
+    return [record for _, record in read(root / folder)]

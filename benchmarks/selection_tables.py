@@ -361,6 +361,7 @@ def main(root: Path = records.ROOT) -> None:
         against_best(runs, sweeps, found)
         repeated_choices(records.choices(root))
     after_cut(records.after_cuts(root))
+    after_cut(records.after_cuts(root, "after_cut_rates"))
 
 
 if __name__ == "__main__":
