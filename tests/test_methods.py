@@ -318,7 +318,7 @@ def test_eva_compares_few_inputs_and_finds_the_same(
 
 def test_qlora_says_that_it_needs_a_gpu() -> None:
     with pytest.raises(RankraceError, match="needs a GPU"):
-        find_method("qlora-r16").load("any", "causal", None, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+        find_method("qlora-r16").check(torch.device("cpu"), "causal")
 
 
 def test_unequal_terms_are_refused(causal: tuple[RunConfig, Data]) -> None:

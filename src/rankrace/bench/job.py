@@ -23,7 +23,7 @@ from rankrace.run import alarm_if_diverged, versions
 from rankrace.session import chosen_device, chosen_dtype
 from rankrace.tasks import find_task
 from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
-from rankrace.training.model import is_encoder
+from rankrace.training.model import is_encoder, load_model
 
 SAVE_S = 60.0
 """Seconds between checkpoints: a run that is killed loses at most these."""
@@ -80,10 +80,13 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
     config = config_of(experiment, job, folder, str(where))
     began = time.perf_counter()
     kind = "classification" if is_encoder(config.model) else "causal"
+    method.check(where, kind)
     given = read(config, kind)
     data, splits = given.data, given.splits
     dtype = chosen_dtype(config.dtype, where)
-    model = method.load(config.model, kind, data.labels, device=where, dtype=dtype, seed=job.seed)
+    model = load_model(
+        config.model, kind, data.labels, device=where, dtype=dtype, seed=job.seed, quantize_to=method.quantize
+    )
     loading_s = time.perf_counter() - began
 
     width = model.config.get_text_config().hidden_size

@@ -12,7 +12,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
 from rankrace.methods.fixed import Fixed
-from rankrace.methods.method import PlainLoad, Running
+from rankrace.methods.method import Anywhere, Running
 from rankrace.methods.parameters import Parameters
 from rankrace.methods.peft_lora import shared, trainable, wrapped
 from rankrace.select.learning_rate import default_lr
@@ -25,7 +25,7 @@ EVERY = 100
 """Changes of the budget in a run, at most one a step."""
 
 
-class AdaLora(PlainLoad):
+class AdaLora(Anywhere):
     """Starts at 1.5 times the rank that its budget comes to, PEFT's own ratio."""
 
     def __init__(self, rank: int) -> None:

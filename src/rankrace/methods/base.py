@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
-from rankrace.methods.method import Described, PlainLoad, Running
+from rankrace.methods.method import Anywhere, Described, Running
 from rankrace.methods.parameters import Parameters
 from rankrace.plan import default_micro_tokens
 from rankrace.session import recipe_of
@@ -17,7 +17,7 @@ from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel
 
 
-class Base(PlainLoad):
+class Base(Anywhere):
     name = "base"
 
     def default_lr(self, width: int, config: RunConfig) -> float:

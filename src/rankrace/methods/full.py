@@ -6,7 +6,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
 from rankrace.methods.fixed import Fixed
-from rankrace.methods.method import PlainLoad, Running
+from rankrace.methods.method import Anywhere, Running
 from rankrace.methods.parameters import Parameters
 from rankrace.select.learning_rate import default_lr
 
@@ -14,7 +14,7 @@ OF_LORA = 0.1
 """The best learning rate of full fine-tuning is a tenth of LoRA's ("LoRA Without Regret", 2025)."""
 
 
-class Full(PlainLoad):
+class Full(Anywhere):
     name = "full"
 
     def default_lr(self, width: int, config: RunConfig) -> float:

@@ -15,7 +15,7 @@ from rankrace.data import Data
 from rankrace.data.encoded import Task
 from rankrace.errors import RankraceError
 from rankrace.methods.fixed import Fixed
-from rankrace.methods.method import PlainLoad, Running
+from rankrace.methods.method import Anywhere, Running
 from rankrace.methods.parameters import Parameters
 from rankrace.select.learning_rate import default_lr
 
@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
         return h + self.up(gelu(self.down(h)))
 
 
-class Houlsby(PlainLoad):
+class Houlsby(Anywhere):
     """Args:
     bottleneck: M; 64 is the middle of the sizes that the paper tries (8 to 256).
     """

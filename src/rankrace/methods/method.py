@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankrace.config import RunConfig
+from rankrace.config import Quantize, RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
 from rankrace.training.loop import Trainer
-from rankrace.training.model import load_model
 
 
 class Running(Protocol):
@@ -70,21 +69,17 @@ class Method(Protocol):
     @property
     def gpu_only(self) -> bool: ...
 
+    @property
+    def quantize(self) -> Quantize:
+        """How the base is kept."""
+        ...
+
     def default_lr(self, width: int, config: RunConfig) -> float:
         """Peak learning rate for a model of this width, which the tuning scales."""
         ...
 
-    def load(
-        self,
-        name: str,
-        task: Task,
-        labels: tuple[str, ...] | None,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
-    ) -> PreTrainedModel:
-        """The base model as the method wants it."""
+    def check(self, device: torch.device, task: Task) -> None:
+        """Before anything is loaded. Raises RankraceError: the method cannot work there."""
         ...
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
@@ -92,19 +87,10 @@ class Method(Protocol):
         ...
 
 
-class PlainLoad:
-    """The base model as it is."""
+class Anywhere:
+    """Works on any device and model; the base is as it is."""
 
     gpu_only = False
+    quantize: Quantize = "none"
 
-    def load(
-        self,
-        name: str,
-        task: Task,
-        labels: tuple[str, ...] | None,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
-    ) -> PreTrainedModel:
-        return load_model(name, task, labels, device=device, dtype=dtype, seed=seed)
+    def check(self, device: torch.device, task: Task) -> None: ...

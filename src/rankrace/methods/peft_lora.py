@@ -18,7 +18,7 @@ from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.errors import RankraceError
 from rankrace.methods.fixed import Fixed
-from rankrace.methods.method import PlainLoad, Running
+from rankrace.methods.method import Anywhere, Running
 from rankrace.methods.parameters import Parameters
 from rankrace.select.learning_rate import default_lr
 
@@ -30,7 +30,7 @@ COMPARED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftLora(PlainLoad):
+class PeftLora(Anywhere):
     """One row of the table of methods. α and the target modules are those of the configuration.
 
     The learning rate follows the repository's rule: the default of LoRA, times (s(r)·r / α)^-1/2, so that α/√r

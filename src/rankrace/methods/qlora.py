@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from rankrace.config import RunConfig
+from rankrace.config import Quantize, RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
 from rankrace.errors import RankraceError
@@ -13,11 +13,11 @@ from rankrace.methods.method import Running
 from rankrace.methods.parameters import Parameters
 from rankrace.methods.peft_lora import shared, trainable, wrapped
 from rankrace.select.learning_rate import default_lr
-from rankrace.training.model import load_model
 
 
 class QLora:
     gpu_only = True
+    quantize: Quantize = "nf4"
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -26,16 +26,7 @@ class QLora:
     def default_lr(self, width: int, config: RunConfig) -> float:
         return default_lr(width)
 
-    def load(
-        self,
-        name: str,
-        task: Task,
-        labels: tuple[str, ...] | None,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
-    ) -> PreTrainedModel:
+    def check(self, device: torch.device, task: Task) -> None:
         if device.type != "cuda":
             raise RankraceError(
                 f"{self.name} needs a GPU",
@@ -48,11 +39,9 @@ class QLora:
                 why="the encoders that classify are small, and nobody keeps them in 4 bits",
                 fix="leave the method out for this model",
             )
-        model = load_model(name, task, labels, device=device, dtype=dtype, seed=seed, quantize_to="nf4")
-        model.is_loaded_in_4bit = True  # type: ignore  # as Transformers has it; PEFT asks
-        return model
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
+        model.is_loaded_in_4bit = True  # type: ignore  # as Transformers has it; PEFT asks
         lora = LoraConfig(
             r=self.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
