@@ -544,10 +544,10 @@ def test_confidence():
     unsure = judge(inside, noise=0.25, held=held)  # error .018
     assert unsure.pick == 8
     assert not is_confident(seen(unsure))
-    # The same figures from 7 documents: their standard error is too rough.
-    few = held_out(400, clusters=7)
+    # The same figures from 19 documents: their standard error is too rough.
+    few = held_out(400, clusters=19)
     assert not is_confident(seen(judge(inside, noise=0.0, held=few)))
-    assert is_confident(seen(judge(inside, noise=0.0, held=held_out(400, clusters=8))))
+    assert is_confident(seen(judge(inside, noise=0.0, held=held_out(400, clusters=20))))
     # All smaller ones diverged: nothing to compare with.
     assert not is_confident(seen(judge({4: math.nan, 8: 2.0, 16: 2.1}, noise=0.05, held=held)))
     # Next to the upper edge.

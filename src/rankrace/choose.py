@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankrace.bank import adapter_of, lora_config
 from rankrace.config import RunConfig
 from rankrace.data import encode_splits, make_encoder, read_splits, split_rows
-from rankrace.data.checks import check_encoded, preview_text
+from rankrace.data.checks import checked_data, preview_text
 from rankrace.data.encoded import Task
 from rankrace.data.sources import SourceRows
 from rankrace.errors import RankraceError
@@ -124,12 +124,12 @@ def search(
             why="its classifier has one output a label",
             fix=f"load the model with num_labels={len(data.labels)}",
         )
-    findings = check_encoded(data.train, data.validation, tokenizer=tokenizer, task=task,
-                             vocab_size=vocabulary_size(model), labels=data.labels)  # fmt: skip
+    data = checked_data(data, tokenizer, task, vocabulary_size(model))
     with lent(model), Progress() as progress:
-        for note in data.notes + [f"Note: {finding}" for finding in findings]:
-            progress.say(note)
-        return choose(prepare(config, data, model, task, price), progress)
+        session = prepare(config, data, model, task, price)
+        for note in [*data.notes, *session.notes]:
+            progress.say(f"Note: {note}")
+        return choose(session, progress)
 
 
 @contextmanager
@@ -198,7 +198,5 @@ def preview_config(config: RunConfig, rows: int = 3) -> tuple[Text, list[str]]:
     tokenizer = load_tokenizer(config.model)
     task = task_of(config)
     read = read_splits(config)
-    data = encode_splits(read, make_encoder(config, tokenizer, task, read))
-    findings = check_encoded(data.train, data.validation, tokenizer=tokenizer, task=task, labels=data.labels)
-    notes = data.notes + [f"Note: {f}" for f in findings]
-    return preview_text(data.train.examples, tokenizer, rows), notes
+    data = checked_data(encode_splits(read, make_encoder(config, tokenizer, task, read)), tokenizer, task)
+    return preview_text(data.train.examples, tokenizer, rows), data.notes

@@ -256,7 +256,7 @@ def preview(config: RunConfig) -> None:
 
     text, notes = preview_config(config)
     for note in notes:
-        out.print(note, markup=False)
+        out.print(f"Note: {note}", markup=False)
     out.print(text)
 
 
@@ -389,6 +389,7 @@ def bench_table(
     times: Annotated[Path | None, typer.Option(help="Times and memory from the same runs in this folder.")] = None,
 ) -> None:
     """Write table.md, .tex, .csv, .html, two figures and index.sqlite beside the records; print the first."""
+    quieten()
     from rankrace.bench.render import markdown, write_all
     from rankrace.bench.store import Store
     from rankrace.bench.table import build

@@ -17,7 +17,7 @@ from rankrace._version import __version__
 from rankrace.bank import adapter_of, check_quantize, lora_config, save_adapter
 from rankrace.config import RunConfig
 from rankrace.data import Data, encode_splits, make_encoder, read_splits
-from rankrace.data.checks import check_encoded
+from rankrace.data.checks import checked_data
 from rankrace.data.encoded import Task
 from rankrace.errors import RankraceError
 from rankrace.interrupt import Interrupted, Interrupts
@@ -122,6 +122,8 @@ def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTra
     progress.phase("measuring the base model")
     began = time.perf_counter()
     session = prepare(config, data, model, task)
+    for note in session.notes:
+        progress.say(f"Note: {note}")
     clock.evaluation = time.perf_counter() - began
     return session, tokenizer, clock
 
@@ -136,21 +138,13 @@ def load(config: RunConfig, progress: Progress) -> tuple[Data, PreTrainedModel, 
     read = read_splits(config)
     tokenizer = load_tokenizer(config.model)
     data = encode_splits(read, make_encoder(config, tokenizer, task, read))
-    for note in data.notes:
-        progress.say(note)
     progress.phase("loading the model")
     model = load_model(
         config.model, task, data.labels, device=device, dtype=dtype, seed=config.seed, quantize_to=config.quantize
     )
-    for finding in check_encoded(
-        data.train,
-        data.validation,
-        tokenizer=tokenizer,
-        task=task,
-        vocab_size=vocabulary_size(model),
-        labels=data.labels,
-    ):
-        progress.say(f"Note: {finding}")
+    data = checked_data(data, tokenizer, task, vocabulary_size(model))
+    for note in data.notes:
+        progress.say(f"Note: {note}")
     return data, model, tokenizer, task
 
 

@@ -10,7 +10,7 @@ from rankrace.bench.experiment import Job, narrowed, read_experiment
 from rankrace.bench.job import SAVE_S
 from rankrace.bench.local import run_inline, run_processes
 from rankrace.bench.ray import run_ray
-from rankrace.bench.record import Record
+from rankrace.bench.record import Record, hardware
 from rankrace.bench.store import Store, check, due
 from rankrace.interrupt import Interrupted, Interrupts
 from rankrace.session import chosen_device
@@ -76,6 +76,12 @@ def run_experiment(
         for path in store.set_aside:
             console.print(f"Set aside, and run again: {path} was no whole record", markup=False, soft_wrap=True)
         check(experiment, records)
+        others = sorted({r["hardware"]["device"] for r in records.values() if r["status"] == "done"}
+                        - {hardware(chosen_device(device))["device"]})  # fmt: skip
+        if others:
+            console.print(f"{len(records)} records are there, made on {', '.join(others)}: only what is missing is "
+                          f"run, and goes among them. For runs of your own give another --out than {out}.",
+                          markup=False, soft_wrap=True)  # fmt: skip
         failed = 0
         try:
             for record in chosen():

@@ -221,6 +221,16 @@ def edge(task: str, done: list[Record], tuning: list[Record]) -> bool:
     return bool(scales) and bool(used & {min(scales), max(scales)})
 
 
+def gaps_of(row: Row, tasks: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Tasks, or some seeds of them, that this method has not been run on."""
+    gaps = []
+    for task in tasks:
+        there = row.cells[task].seeds if task in row.cells else ()
+        if lacking := [str(seed) for seed in seeds if seed not in there]:
+            gaps.append(f"{task} {', '.join(lacking)}" if there else task)
+    return gaps
+
+
 def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str], timed: Sequence[str]) -> list[str]:
     """What a reader must know, a sentence each."""
     devices = sorted({r["hardware"]["device"] for r in runs})
@@ -228,16 +238,14 @@ def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str], timed: 
     versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "device") for r in runs})
     names = sorted({r["experiment"] for r in runs})
     sizes = {r["task"]: len(r["rows"]) for r in runs}
-    seeds = {row.method: sorted({s for cell in row.cells.values() for s in cell.seeds}) for row in rows if row.cells}
-    most = max(seeds.values(), key=len)
-    fewer = [f"{method} {', '.join(map(str, found))}" for method, found in seeds.items() if found != most]
+    seeds = sorted({seed for row in rows for cell in row.cells.values() for seed in cell.seeds})
     done = {row.method for row in rows if row.cells}
     clean = all({r["method"] for r in alone(runs) if r["task"] == task} == done for task in timed)
     most_slots = max(r["slots"] for r in runs)
     notes = [
         f"Experiment: {', '.join(names)} (`rankrace bench run experiments/{names[0]}.yaml`).",
-        f"Seeds {', '.join(map(str, most))}" + (f" (only: {'; '.join(fewer)})" if fewer else "")
-        + "; ± is half the 95% t interval of the mean over seeds, and says nothing of other test rows.",
+        f"Seeds {', '.join(map(str, seeds))}; ± is half the 95% t interval of the mean over seeds, and says nothing "
+        "of other test rows.",
         "Bold: the highest mean. †: not to be told from it (within 1.96 standard errors of the difference, paired "
         "over the test rows and the seeds; for F1 of classes and Matthews' correlation the share of right rows).",
         "Test rows: " + ", ".join(f"{task} {count:,}" for task, count in sizes.items()) + ". They chose nothing.",
@@ -253,6 +261,9 @@ def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str], timed: 
     elif most_slots > 1:
         notes.append(f"Up to {most_slots} runs shared the machine, or a GPU of it, and no task was timed without "
                      "others: times are longer than they need be, and by how much differs.")  # fmt: skip
+    missing = [f"{row.method} ({', '.join(gaps)})" for row in rows if (gaps := gaps_of(row, list(sizes), seeds))]
+    if missing:
+        notes.append(f"Missing runs, tasks and seeds of them: {'; '.join(missing)}. Means are over what is there.")
     edges = [f"{row.method} ({', '.join(row.at_edge)})" for row in rows if row.at_edge]
     if edges:
         notes.append(f"Best learning rate at the edge of those tried: {'; '.join(edges)}.")

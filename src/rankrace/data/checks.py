@@ -1,7 +1,7 @@
 """Preflight: what must never be trained on silently, and how rows look as tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NoReturn
 
@@ -9,6 +9,7 @@ import numpy as np
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from rankrace.data import Data
 from rankrace.data.encoded import Encoded, EncodedSet, Task
 from rankrace.errors import RankraceError
 
@@ -27,6 +28,14 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.what} {self.fix}"
+
+
+def checked_data(data: Data, tokenizer: PreTrainedTokenizerBase, task: Task, vocab_size: int | None = None) -> Data:
+    """The same data, with what `check_encoded` found among their notes."""
+    found = check_encoded(
+        data.train, data.validation, tokenizer=tokenizer, task=task, vocab_size=vocab_size, labels=data.labels
+    )
+    return replace(data, notes=[*data.notes, *map(str, found)])
 
 
 def check_encoded(

@@ -96,8 +96,8 @@ def doubts(rank: int, decision: Decision) -> list[str]:
     found = []
     if decision.edge == "high":
         found.append(
-            f"Edge of the search: {rank} is the largest rank there was to choose. A larger one may be "
-            "better; add larger candidates with --ranks."
+            f"Edge of the search: {rank} is the largest rank there was to choose, or near a largest one that is "
+            "still the best. A larger one may be better; add larger candidates with --ranks."
         )
     if decision.edge == "low" and rank > 1:
         found.append(

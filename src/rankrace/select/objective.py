@@ -95,10 +95,15 @@ class Verdict:
 
     @property
     def edge(self) -> Edge:
-        """Whether the pick is the smallest or the largest rank with a loss: the optimum may lie beyond."""
+        """Whether the optimum may lie beyond the ranks there were.
+
+        low: the pick is the smallest. high: it is the largest, or more than half of a largest one that is still the
+        best: what rank buys was measured on this range, and at its end the last doubling still bought something.
+        """
+        largest = self.alive[-1].rank
         if self.pick == self.alive[0].rank:
             return "low"
-        return "high" if self.pick == self.alive[-1].rank else None
+        return "high" if self.pick == largest or (self.best == largest and 2 * self.pick > largest) else None
 
 
 @dataclass(frozen=True, kw_only=True)

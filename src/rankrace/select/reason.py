@@ -7,7 +7,7 @@ from rankrace.select.strategy import Look
 
 CLEARLY_SMALLER = 3 / 4
 """Next-door integers differ by less than any validation set resolves; a rank this much smaller is compared."""
-LEAST_CLUSTERS = 8
+LEAST_CLUSTERS = 20
 """With fewer, two standard errors are far from 95%: 62% with 2 clusters, 80% with 4, 88% with 8."""
 
 

@@ -74,7 +74,7 @@ class Shrink:
         reason = f"the last {len(picks)} looks" if len(picks) > 1 else "the only look"
         reason += f" picked {seen} among {', '.join(map(str, self.ladder()))}"
         if self.refine:
-            reason += ", and then the integers beside were tried"
+            reason += f", and then, of the integers beside, {verdict.pick}"
         allocation = None
         if self.layers:
             allocation, words = layered(bench, verdict.pick)
