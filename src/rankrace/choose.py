@@ -175,7 +175,7 @@ def choose(session: Session, progress: Progress) -> Selection:
         if progress.due(trainer.step):
             losses = loss_K.tolist()
             alarm_if_diverged(losses, trainer.step)
-            progress.update(trainer.step, run.ranks, losses, trainer.tokens)
+            progress.update(trainer.step, run.names, losses, trainer.tokens)
     look, bank, decision = run.state.looks[-1], trainer.bank, decision_of(session)
     return Selection(
         rank=look.verdict.pick,

@@ -31,6 +31,8 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=True)
 
 YAML_ONLY = {"rank_lr"}
+OF_A_RUN = {"out", "resume", "save_every", "track"}
+"""Options of `train` alone; the others take them, for one set of options serves all, and do not show them."""
 PANELS = {
     "model": "What to train on what",
     "strategy": "Which rank",
@@ -162,6 +164,7 @@ def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:
             show_default=False,
             metavar=None if switch else shown_type(info.annotation),
             rich_help_panel=panel,
+            hidden=name in OF_A_RUN and command.__name__ != "train",
         )
         # Numbers pass as text: RunConfig reads those of the command line and of YAML by the same rules.
         kind = Annotated[(bool if switch else str) | None, option]
@@ -219,7 +222,8 @@ def train(config: RunConfig) -> None:
         say("but", doubt)
     say("loss", f"{a.base:.4f} → {a.final:.4f} nats per {unit}")
     if b.base is not None and b.final is not None:
-        say("accuracy", f"{b.base:.1%} → {b.final:.1%}")
+        whole = " of answers, every token right" if result.task == "causal" else ""
+        say("accuracy", f"{b.base:.1%} → {b.final:.1%}{whole}")
     say("parameters", f"{result.trainable_parameters:,}")
     say("time", f"{result.time.total_s:.0f} s, {result.time.search_s:.0f} s of it for the choice")
     say("adapter", str(config.out / "adapter"))

@@ -146,5 +146,5 @@ def writing(path: Path) -> Iterator[None]:
         raise RankraceError(
             f"cannot write {path}: {error.strerror or error}",
             why="the disk is full or the folder is not writable; nothing half-written was left behind",
-            fix="free some space (or choose another --out) and run again with --resume",
+            fix="free some space, or choose another --out; a run that had begun goes on with --resume",
         ) from error

@@ -62,12 +62,12 @@ class Progress:
             return time.perf_counter() - self.shown > EVERY_S
         return step == self.total or step % -(-self.total // LINES) == 0
 
-    def update(self, step: int, ranks: Sequence[int], losses: Sequence[float], tokens: int) -> None:
+    def update(self, step: int, names: Sequence[str], losses: Sequence[float], tokens: int) -> None:
         now = time.perf_counter()
         self.shown = now
         speed = (step - self.step_before) / max(1e-9, now - self.began)
         left = (self.total - step) / max(1e-9, speed)
-        pairs = "  ".join(f"r={r} {loss:.4f}" for r, loss in zip(ranks, losses, strict=True))
+        pairs = "  ".join(f"r={name} {loss:.4f}" for name, loss in zip(names, losses, strict=True))
         per_second = (tokens - self.tokens_before) / max(1e-9, now - self.began)
         line = (
             f"step {step}/{self.total}  loss {pairs}  {per_second:,.0f} tokens/s  "

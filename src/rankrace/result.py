@@ -158,6 +158,10 @@ class Series(_Record):
     rank: PositiveInt
     steps: list[NonNegativeInt]
     losses: Sequence[Traced]
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Of the rank's own learning rate: `--lr-scales` trains a rank at several."""
+    twin: bool = False
+    """It began with a second draw of the factors (`--twin`)."""
 
     @model_validator(mode="after")
     def _same_length(self) -> Self:

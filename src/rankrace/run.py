@@ -186,7 +186,7 @@ def drive(
         if progress.due(trainer.step):
             losses = loss_K.tolist()
             alarm_if_diverged(losses, trainer.step)
-            progress.update(trainer.step, search.ranks, losses, trainer.tokens)
+            progress.update(trainer.step, search.names, losses, trainer.tokens)
         asked = interrupts.asked  # read once: it may change at any moment
         if asked or trainer.step % every == 0 or trainer.step == trainer.total:
             save()
@@ -341,7 +341,13 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
             for rated in seen.rates
         ],
         history=[
-            Series(rank=e.rank, steps=list(range(e.began + 1, e.began + 1 + e.steps)), losses=e.losses)
+            Series(
+                rank=e.rank,
+                steps=list(range(e.began + 1, e.began + 1 + e.steps)),
+                losses=e.losses,
+                lr_scale=e.lr_scale,
+                twin=e.twin,
+            )
             for e in entries
         ],
         time=Time(

@@ -34,8 +34,8 @@ def label_set(examples: Sequence[Example]) -> tuple[str, ...]:
     if len(labels) < 2:
         raise RankraceError(
             f"classification needs two labels or more (found: {', '.join(sorted(labels)) or 'none'}).",
-            why="with fewer there is nothing to tell apart.",
-            fix="give rows with text and label columns, or use --task causal.",
+            why="an encoder such as BERT is trained to tell classes apart, and with fewer there is nothing to tell.",
+            fix="give rows with text and label columns, or for other rows a causal model such as a LLaMA.",
         )
     numeric = all(label.removeprefix("-").isdecimal() for label in labels)
     return tuple(sorted(labels, key=int if numeric else None))

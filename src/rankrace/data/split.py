@@ -80,7 +80,9 @@ def split_examples(
     fresh = [example for example in validation if content_key(example) not in known]
     if not train or not fresh:
         raise RankraceError(
-            f"of {len(train)} training and {len(validation)} validation rows, no pair of sides is left.",
+            f"all {len(validation)} validation rows are also among the {len(train)} training rows."
+            if train and validation
+            else f"there are {len(train)} training and {len(validation)} validation rows.",
             why="validation rows that are also training rows measure memory, so they are left out.",
             fix="give other validation rows, or none: then a part of the training rows is held out.",
         )

@@ -45,6 +45,12 @@ def loss_against_rank(result: Result, form: Format) -> str:
     return to_svg(figure, f"rank-{form.name}", f"Validation loss against rank. {described}")
 
 
+def named(series: Series) -> str:
+    """What tells it from other candidates of its rank, too."""
+    scale = f" at {series.lr_scale:g} × lr" if series.lr_scale != 1 else ""
+    return f"rank {series.rank}{scale}" + (", twin" if series.twin else "")
+
+
 def loss_against_step(result: Result, form: Format) -> str:
     """Training loss of every candidate; the looks and the decision are marked on the axis of steps."""
     figure, (axes,) = canvas(form, f"Training loss, {loss_unit(result)}")
@@ -69,7 +75,7 @@ def loss_against_step(result: Result, form: Format) -> str:
             ls=(0, (3, 2)) if lost else "-",
             marker="o" if len(steps) == 1 else None,
             zorder=3 if chosen else 2,
-            label=f"rank {series.rank} (diverged)" if lost else f"rank {series.rank}",
+            label=named(series) + (" (diverged)" if lost else ""),
         )
     if sound:  # a candidate that ran away must not flatten the others
         margin = 0.06 * (max(sound) - min(sound)) or 0.05

@@ -159,7 +159,7 @@ def lora_config_code(result: Result, config: dict[str, Any]) -> str:
 def loading_code(result: Result, adapter: str) -> str:
     """Python that loads the base and the adapter in the folder `adapter`."""
     kind = "SequenceClassification" if result.task == "classification" else "CausalLM"
-    labels = f", num_labels={len(result.labels)}" if result.labels else ""
+    labels = f", id2label={dict(enumerate(result.labels))!r}" if result.labels else ""
     return (
         f"from peft import PeftModel\n"
         f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"

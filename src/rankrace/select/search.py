@@ -40,6 +40,15 @@ class Entry:
     """Of its steps, up to the last look: an equal part of the time of those that ran beside it."""
     losses: list[float] = field(default_factory=list)
     """Training loss of each step, nats per supervised token."""
+    lr_scale: float = 1.0
+    """Of the rank's own learning rate."""
+    twin: bool = False
+    """It began with a second draw of the factors."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others: its rank, and why there is more than one of it."""
+        return f"{self.rank}" + (f"×{self.lr_scale:g}" if self.lr_scale != 1 else "") + (" twin" if self.twin else "")
 
 
 @dataclass(kw_only=True)
@@ -84,7 +93,9 @@ class Search:
         self.trainer.bank.start(ranks, [s.multiplier for s in settings], [one.draw for one in starts])
         lrs = [s.lr * one.lr_scale for s, one in zip(settings, starts, strict=True)]
         self.trainer.start(self.trainer.bank.candidates, lrs)
-        self.state.entries = [Entry(rank=r, began=0) for r in ranks]
+        self.state.entries = [
+            Entry(rank=one.rank, began=0, lr_scale=one.lr_scale, twin=one.draw > 0) for one in starts
+        ]
         self.follow()
 
     def follow(self) -> None:
@@ -144,7 +155,7 @@ class Search:
                 self.retire(running, source=running[index])
                 cuts = self.cut(index, ranks, allocation)
                 self.trainer.cut(index, cuts, self.spectra(index), [self.setting(r).lr for r in ranks])
-                self.state.entries += [Entry(rank=r, began=self.trainer.step) for r in ranks]
+                self.state.entries += [Entry(rank=r, began=self.trainer.step, lr_scale=self.lr_scale) for r in ranks]
                 self.follow()
         if len(self.ranks) == 1:
             self.trainer.average = None
@@ -188,6 +199,11 @@ class Search:
     @property
     def ranks(self) -> tuple[int, ...]:
         return self.trainer.bank.candidates.ranks
+
+    @property
+    def names(self) -> list[str]:
+        """Of the candidates that train, in their order."""
+        return [entry.name for entry in self.state.entries if entry.status == "running"]
 
     def direct(self) -> list[Trial]:
         return self.trials(self.ranks, "direct")
