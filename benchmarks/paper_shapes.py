@@ -2,7 +2,7 @@
 
     python -m benchmarks.paper_shapes --shape 7b --out FILE.json
 
-The paper's setting: batch 32, 3 epochs of SQuAD 2.0 (130,319 questions), so 12,218 steps. A few steps on the real
+The paper's setting: batch 32, 3 epochs of SQuAD 2.0 (130,319 questions), so 12,219 steps. A few steps on the real
 lengths are measured and the rest is EXTRAPOLATED from their median; time and memory do not depend on the weights'
 values. What does not fit is measured with a quarter and an eighth of the blocks and extrapolated over blocks, too;
 the line says so. All methods run eagerly, in the one loop. Of the strategies the parts are measured and put together
@@ -148,7 +148,7 @@ def adapters(ranks: Sequence[int]) -> Build:
         hf = random_model(m.shape, m.device, blocks)
         bank = Bank(hf)
         assert m.config.micro_tokens is not None
-        trainer = Trainer(PackedModel(hf, bank, "causal", chunk=1024), m.data.train.examples,
+        trainer = Trainer(PackedModel(hf, bank, "causal"), m.data.train.examples,
                           recipe_of(m.config, m.config.micro_tokens))  # fmt: skip
         bank.start(tuple(ranks), [1.0] * len(ranks))
         trainer.start(bank.candidates, [LR] * len(ranks))

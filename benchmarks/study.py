@@ -21,6 +21,7 @@ import torch
 from transformers.utils import logging
 
 from rankrace.bank import Bank
+from rankrace.bench.record import provenance
 from rankrace.config import Quantize, RunConfig
 from rankrace.data import Data, encode_splits, make_encoder, split_rows
 from rankrace.data.sources import SourceRows
@@ -141,6 +142,7 @@ class Study:
             "fresh_tokens": [int(n) for n in fresh_tokens_N],
             "fresh_cluster": [int(e.group) for e in self.fresh],
             "data_sha256": self.data.sha256,
+            **provenance(),
             "seconds": time.perf_counter() - self.began,
             "device": torch.cuda.get_device_name() if self.hf.device.type == "cuda" else "cpu",
             "versions": {p: version(p) for p in ("torch", "transformers", "peft")},

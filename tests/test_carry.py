@@ -1,9 +1,13 @@
 """Adam's moments through a cut: they turn as the gradients do."""
 
+import pytest
 import torch
 
+from examples import examples
 from models import tiny
 from rankrace.bank import Bank, carried
+from rankrace.training.loop import Recipe, Trainer
+from rankrace.training.model import PackedModel
 
 
 def test_the_mean_turns_with_the_gradient() -> None:
@@ -37,3 +41,30 @@ def test_a_direction_without_weight_carries_nothing() -> None:
     ones = {n: torch.ones_like(t) for n, t in before.tensors().items()}
     for moments in carried(before, 0, whole, after, ones, ones):
         assert all(t.isfinite().all() for t in moments.values())
+
+
+@pytest.mark.parametrize("rank", [8, 3])
+def test_a_cut_goes_on_with_the_moments_and_their_count(rank: int) -> None:
+    """What the trainer's optimiser then holds are these moments, neither zeros nor a fresh count."""
+    recipe = Recipe(epochs=9, max_steps=12, batch_size=4, micro_tokens=99, schedule="constant", warmup=0.0,
+                    weight_decay=0.0, clip=1.0, seed=0)  # fmt: skip
+    model = tiny("llama").double()
+    bank = Bank(model)
+    trainer = Trainer(PackedModel(model, bank, "causal"), examples(16), recipe)
+    bank.start((8,), (2.0,))
+    trainer.start(bank.candidates, [1e-2])
+    for _ in trainer.run(5):
+        pass
+    before, optimizer = bank.candidates, trainer.optimizer
+    whole = before.spectra(0)
+    cuts = before.truncations(0, (rank,), (5.0,), whole)
+    mean, square = carried(before, 0, whole, cuts, optimizer.mean.views, optimizer.square.views)
+    trainer.cut(0, cuts, whole, [1e-2])
+    assert trainer.optimizer is not optimizer
+    assert trainer.optimizer.updates == optimizer.updates
+    for found, wanted in ((trainer.optimizer.mean, mean), (trainer.optimizer.square, square)):
+        assert any(t.any() for t in wanted.values())
+        for name, t in wanted.items():
+            torch.testing.assert_close(found.views[name], t, rtol=0, atol=0)
+    (losses,) = [loss_K.item() for loss_K in trainer.run(6)]
+    assert losses > 0

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from commandline import assert_refused, rankrace
 from rankrace.data.files import Rows, read_file
@@ -65,8 +66,12 @@ def accuracy_by_peft(adapter: Path, pairs: Rows) -> float:
 
 
 def test_lm_eval_on_a_local_task_file(sums: Path, tmp_path: Path) -> None:
-    """Sums as a multiple-choice task of the harness's own kind; the accuracy is a share of the rows."""
-    rows = [{"question": r["prompt"], "choices": [r["completion"].strip(), "x"], "answer": 0} for r in SUMS[:8]]
+    """Sums as a multiple-choice task of the harness's own kind: the accuracy is PEFT's, and not that of the base."""
+    answers = [r["completion"].strip() for r in SUMS]
+    rows = [
+        {"question": r["prompt"], "choices": [answers[i], answers[(i + 7) % len(SUMS)]], "answer": 0}
+        for i, r in enumerate(SUMS[:24])
+    ]
     write_rows(tmp_path / "sums.jsonl", rows)
     task = {
         "task": "tiny_sums", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
@@ -79,8 +84,32 @@ def test_lm_eval_on_a_local_task_file(sums: Path, tmp_path: Path) -> None:
     ran = rankrace("eval", sums, "--task", file, "--evaluator", "lm-eval", "--device", "cpu")
     assert ran.code == 0, ran.err
     found = dict(line.split() for line in ran.out.strip().splitlines())
-    assert round(float(found["acc"]) * 8) in range(9)
+    adapted, base = chosen_by_peft(sums, rows)
+    assert float(found["acc"]) == pytest.approx(adapted, abs=0.006), "two places are printed"
+    assert adapted != base
     assert_refused(rankrace("eval", sums, "--task", "no_such_task", "--evaluator", "lm-eval"), "no_such_task")
+
+
+@torch.no_grad()
+def chosen_by_peft(adapter: Path, rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """How often the first choice is the likelier one, with the adapter and without."""
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    assert base is not None
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
+
+    def likelihood(question: str, choice: str) -> float:
+        prompt, whole = (tokenizer(text)["input_ids"] for text in (question, f"{question} {choice}"))
+        logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        return sum(logs[i - 1, whole[i]].item() for i in range(len(prompt), len(whole)))
+
+    def share() -> float:
+        likelihoods = [[likelihood(row["question"], choice) for choice in row["choices"]] for row in rows]
+        return sum(right > wrong for right, wrong in likelihoods) / len(rows)
+
+    adapted = share()
+    with model.disable_adapter():
+        return adapted, share()
 
 
 def test_bad_input(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What is predicted of a run, against what it then takes."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,12 +15,17 @@ from rankrace.config import RunConfig
 from rankrace.data.pack import Size
 from rankrace.forecast import Memory, besides, remedy
 from rankrace.plan import (
+    FRESH_SHARE,
     FULL_TOKENS,
+    LOOK_ENOUGH,
+    LOOK_SHARE,
     MOST_TOKENS,
     LookPlan,
     Switch,
     candidate_bytes,
+    compiling,
     graphs_worth,
+    ranks_measured,
     way_of,
     worthwhile_tokens,
 )
@@ -129,6 +135,60 @@ def test_what_python_launches_too_slowly_is_a_graph() -> None:
     assert graphs(80, 2048, "on") == "on", "it goes by the passes, not by the step"
     Device.type = "cpu"
     assert graphs(32, 7680, "on") == "off"
+
+
+def test_compiling_has_to_be_repaid() -> None:
+    """LLaMA-7B's layers, no GPU there: a run of a thousand steps pays for it, one of twenty does not."""
+
+    class Layer:
+        d_in = d_out = 5380
+
+    class Layers:
+        class device:
+            type = "cuda"
+
+        layers = dict.fromkeys(range(224), Layer)
+
+    class Train(list[int]):
+        lengths = torch.full((32_000,), 200.0).numpy()
+
+    class Rows:
+        train = Train(range(32_000))
+
+    def wanted(**options: float) -> Switch:
+        config = RunConfig(model="m", data="d", batch_size=32, **options)  # type: ignore[arg-type]
+        return compiling(config, Rows, Layers)  # type: ignore[arg-type]
+
+    assert wanted(epochs=1) == "on"
+    assert wanted(epochs=0.02) == "off"
+    assert wanted(epochs=1, max_steps=20) == "off"
+    Layers.device.type = "cpu"
+    assert wanted(epochs=1) == "off"
+
+
+@pytest.mark.parametrize("strategy", ["shrink", "race", "grid"])
+@pytest.mark.parametrize("steps", [150, 600, 4000])
+def test_looks_take_a_tenth_of_the_work(steps: int, strategy: Literal["shrink", "race", "grid"]) -> None:
+    """Whatever the lengths of training and held-out examples; and no fewer examples than can be told apart."""
+    for held_length in (20, 100, 400):
+
+        class Rows:
+            class train:
+                lengths = torch.full((steps * 32,), 100.0).numpy()
+
+            class validation:
+                lengths = torch.full((1000,), float(held_length)).numpy()
+
+        class Steps:
+            total = per_epoch = steps
+
+        config = RunConfig(model="m", data="d", strategy=strategy)
+        plan = LookPlan.of(config, Rows, Steps)  # type: ignore[arg-type]
+        work = 2 * 100 * 32 * steps  # in forwards of a token
+        looks = ranks_measured(config, len(plan.fractions)) * plan.looked * held_length
+        assert plan.looked >= LOOK_ENOUGH
+        assert looks <= LOOK_SHARE * work or plan.looked == LOOK_ENOUGH
+        assert plan.fresh * 2 * held_length <= FRESH_SHARE * work or plan.fresh == LOOK_ENOUGH
 
 
 def test_plan_of_a_causal_run(smollm2: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
@@ -64,6 +65,41 @@ def base_of(config: RunConfig, data: Data) -> PreTrainedModel:
 def started(name: str, config: RunConfig, data: Data) -> Running:
     task: Task = "classification" if data.labels else "causal"
     return find_method(name).prepare(config, data, base_of(config, data), task)
+
+
+def test_every_variant_of_lora_is_what_its_name_says(causal: tuple[RunConfig, Data]) -> None:
+    """Multipliers, magnitude vectors and learning rates; else one might silently be another."""
+    config, data = causal
+    expected = {"lora-r8": (8, 8.0), "lora-r16": (16, 16.0), "rslora-r16": (16, 4.0), "dora-r16": (16, 16.0)}
+    for name, (r, divisor) in expected.items():
+        model = base_of(config, data)
+        find_method(name).prepare(config, data, model, "causal")
+        layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        assert layers
+        assert {layer.r["default"] for layer in layers} == {r}
+        assert {layer.scaling["default"] for layer in layers} == {config.alpha / divisor}
+        assert any("magnitude" in n for n, _ in model.named_parameters()) == (name == "dora-r16")
+    rates = {name: find_method(name).default_lr(2000, config) for name in METHODS}
+    lora = rates["lora-r16"]
+    assert rates["full"] == pytest.approx(lora / 10)
+    assert rates["rslora-r16"] == pytest.approx(lora / 2)
+    assert {rates[name] for name in ("lora-r8", "dora-r16", "eva-r16", "qlora-r16", "shrink", "race", "grid")} == {
+        lora
+    }
+
+
+def test_a_model_that_packing_does_not_reproduce_is_refused(causal: tuple[RunConfig, Data]) -> None:
+    config, data = causal
+
+    def leaky() -> PreTrainedModel:
+        model = base_of(config, data)
+        norm = model.base_model.get_submodule("norm")
+        norm.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
+        return model
+
+    for name in ("lora-r8", "full", "shrink"):
+        with pytest.raises(RankraceError, match="packed rows"):
+            find_method(name).prepare(config, data, leaky(), "causal")
 
 
 def test_peft_lora_in_the_loop_is_the_bank_with_one_candidate(causal: tuple[RunConfig, Data]) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import peft
@@ -27,6 +27,7 @@ from rankrace.errors import RankraceError
 from rankrace.report.text import doubts
 from rankrace.result import Decision, Result
 from rankrace.select.build import make_strategy
+from rankrace.select.grid import Grid
 from rankrace.select.objective import Objective, Trial, log2_penalty
 from rankrace.select.opening import Opening
 from rankrace.select.race import Race
@@ -130,6 +131,18 @@ def test_the_rate_and_the_chance_stay_on_later_looks(inner: Strategy):
 def built(total: int, **options: Any) -> Strategy:
     config = RunConfig(model="m", data="d", ranks=(2, 4, 8), **options)
     return make_strategy(config, total, Bank(tiny("llama")), (0.10, 0.15, 0.20, 0.25, 0.30), log2_penalty(0.0))
+
+
+@pytest.mark.parametrize("strategy", ["shrink", "race", "grid"])
+def test_what_is_preferred_is_the_share_that_may_be_lost(strategy: Literal["shrink", "race", "grid"]) -> None:
+    bank, fractions = Bank(tiny("llama")), (0.10, 0.20, 0.30)
+    found = {}
+    for prefer in ("quality", "balanced", "small"):
+        config = RunConfig(model="m", data="d", strategy=strategy, prefer=prefer, ranks=(2, 4, 8))
+        made = make_strategy(config, 100, bank, fractions, log2_penalty(0.0))
+        assert isinstance(made, Shrink | Race | Grid)
+        found[prefer] = made.objective.share
+    assert found == {"quality": 0.01, "balanced": 0.04, "small": 0.08}
 
 
 def test_what_begins_with_one_candidate_is_opened_where_that_is_asked_for():

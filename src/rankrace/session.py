@@ -123,8 +123,7 @@ def ready(
     bank = Bank(hf_model, target_modules=config.target_modules, seed=config.seed, dropout=config.dropout)
     bank.check_ranks(config.ranks)
     model = PackedModel(hf_model, bank, task)
-    shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
-    model.verify(model.pack(data.train.examples, shortest))
+    model.verify_on(data.train.examples)
     config = resolved(config, data, model, task)
     assert config.micro_tokens is not None
     if config.compile == "on":

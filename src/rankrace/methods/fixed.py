@@ -40,8 +40,7 @@ class Fixed:
         refuse_unshared(config)
         assert config.lr is not None
         model = PackedModel(trained.model, trained, task)
-        shortest = sorted(range(len(data.train)), key=lambda i: len(data.train.examples[i]))[:2]
-        model.verify(model.pack(data.train.examples, shortest))
+        model.verify_on(data.train.examples)
         graphs = "on" if config.cuda_graphs == "on" else "off"
         micro_tokens = config.micro_tokens or default_micro_tokens(trained.model, graphs)
         self.trainer = Trainer(model, data.train.examples, recipe_of(config, micro_tokens))

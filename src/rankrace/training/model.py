@@ -157,6 +157,11 @@ class PackedModel(Generic[B]):
             )
         return logits.reshape(K, N, -1)
 
+    def verify_on(self, examples: Sequence[Encoded]) -> None:
+        """`verify` with the two shortest of these."""
+        shortest = sorted(range(len(examples)), key=lambda i: len(examples[i]))[:2]
+        self.verify(self.pack(examples, shortest))
+
     @torch.no_grad()
     def verify(self, packed: Packed) -> None:
         """Compares this packed path with the model's own forward on each example alone, adapters off.
