@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 import yaml
 
 from commandline import Ran, assert_refused, rankrace
-from rankrace.bench import local
+from rankrace.bench import local, render
 from rankrace.bench.experiment import Job, config_of, read_experiment
 from rankrace.bench.job import perform
 from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, sight_of
@@ -32,6 +34,7 @@ from rankrace.errors import RankraceError
 from rankrace.tasks import find_task
 from tinyfolder import tiny_bert, tiny_llama
 
+RESULTS = Path(__file__).parents[1] / "results"
 SMALL = {"max_steps": 3, "batch_size": 4, "train_max": 32, "validation_max": 16, "ranks": [2, 4], "max_length": 256}
 
 
@@ -575,6 +578,32 @@ def table_of(runs: list[Record]) -> Table:
 
 
 RIGHT = [1.0] * 90 + [0.0] * 10
+
+
+def test_the_forms_of_a_table() -> None:
+    """Of records that were really made: LaTeX that compiles, a page with its notes, figures of two costs."""
+    table = build(Store(RESULTS / "minilm").records())
+    names, tex = render.header(table), render.latex(table)
+    rows = tex.split(r"\midrule" + "\n")[1].split("\n" + r"\bottomrule")[0].splitlines()
+    assert len(rows) == len(table.rows) + len(table.baselines)
+    for row in rows:
+        assert row.endswith(r" \\")
+        assert len(re.findall(r"(?<!\\)&", row)) == len(names) - 1
+        assert not re.search(r"(?<!\\)[%#_]", row)
+    assert r"\textbf{81.22} $\pm$ 0.00" in tex
+    full = next(row for row in table.rows if row.method == "full")
+    mean = sum(cell.mean for cell in full.cells.values()) / 2
+    # GLUE counts a task with two metrics by their mean: MRPC's accuracy is that of one class for all, 279 of 408.
+    glue = ((full.cells["mrpc"].mean + 100 * 279 / 408) / 2 + full.cells["rte"].mean) / 2
+    assert f"{glue:.2f}" == rows[1].split(" & ")[names.index("GLUE")]
+    page = render.html(table, ["<svg></svg>"])
+    assert all(escape(note) in page for note in [*table.notes, *table.claims])
+    assert page.count("<tr>") == 1 + len(rows)
+    assert page.count("<svg") == 1
+    for cost, of in (("parameters", lambda row: row.parameters), ("time", lambda row: row.train_s)):
+        found = {name: (x, y) for x, y, name in render.points_of(table, cost)}
+        assert set(found) == {row.method for row in table.rows if row.parameters}
+        assert found["full"] == (of(full), mean)
 
 
 def test_intervals_best_and_paired_ties() -> None:

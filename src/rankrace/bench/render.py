@@ -148,14 +148,23 @@ def html(table: Table, figures: list[str]) -> str:
     )
 
 
-def figure(table: Table, cost: str) -> str:
-    """Mean score over the tasks that all methods have run on, against a cost."""
+def points_of(table: Table, cost: str) -> list[tuple[float, float, str]]:
+    """Of each trained method its cost, its mean score over the tasks that all methods have run on, and its name."""
     trained = [row for row in table.rows if row.parameters and row.cells]
+    return [
+        (
+            row.parameters if cost == "parameters" else row.train_s,
+            sum(row.cells[task].mean for task in table.common) / len(table.common),
+            row.method,
+        )
+        for row in (trained if table.common else [])
+    ]
+
+
+def figure(table: Table, cost: str) -> str:
+    """The points, each with its method's name."""
     drawing, (axes,) = canvas(WIDE, f"Mean score over {', '.join(table.common) or 'no common task'}")
-    points = []
-    for row in trained if table.common else []:
-        x = row.parameters if cost == "parameters" else row.train_s
-        points.append((x, sum(row.cells[task].mean for task in table.common) / len(table.common), row.method))
+    points = points_of(table, cost)
     axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=RAMP[5], s=30, zorder=3)
     for x, y, name in points:
         axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=WIDE.font)
