@@ -39,6 +39,7 @@ QUANTIZED: dict[str, list[str]] = {
     for kind in ("nf4", "fp8")
 } | {"none": []}
 """What a reader of the result should know."""
+FP8_ON_A_HOST = ["On a CPU 8-bit products are slower than plain ones and save no memory: --quantize fp8 is for GPUs."]
 
 _state = TypeAdapter(SearchState)
 
@@ -166,6 +167,7 @@ def prepare(
             lr=lr_for(rank, lr, config.alpha, config.scaling, config.rank_lr),
         )
 
+    slow = config.quantize == "fp8" and bank.device.type == "cpu"
     search = Search(trainer, strategy, looked, held, setting)
     search.start()
     return Session(
@@ -175,7 +177,7 @@ def prepare(
         search=search,
         fresh=fresh,
         base_fresh=base_fresh,
-        notes=notes + QUANTIZED[config.quantize],
+        notes=notes + QUANTIZED[config.quantize] + (FP8_ON_A_HOST if slow else []),
     )
 
 
