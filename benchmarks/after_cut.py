@@ -15,7 +15,7 @@ are measured on the same held-out examples at each look:
   weighted-r: the same, each value weighted by the size of its layer's inputs.
 
 `--arms rates`: cuts alone, and each with the learning rate times (r/16)^¼ (cool-r) or √(r/16) (cold-r), since small
-ranks stand less of a rate than large ones.
+ranks stand less of a rate than large ones; forgot-r: without Adam's moments.
 
 One JSON file a unit and learning rate (benchmarks/study.py).
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study import ALPHA, Study, arguments, described, ended, run_units
-from rankrace.bank import Bank, Candidates, Spectrum, carried
+from rankrace.bank import Bank, Candidates, Spectrum, allocate, carried
 from rankrace.training.loop import Trainer
 
 WIDE = 64
@@ -45,20 +45,22 @@ class Arm:
     """Whose multiplier, and for pooled ones whose budget, it has."""
     rate: float = 1.0
     allocation: Mapping[str, int] | None = None
+    forgets: bool = False
+    """Adam's moments are zero after the cut, its count of updates is not: small steps first, a warm-up of its own."""
 
 
 def arms(trainer: Trainer[Bank], whole: Mapping[str, Spectrum]) -> list[Arm]:
     """Those of `--arms cuts`."""
     model, bank = trainer.model, trainer.bank
     weights = bank.input_sizes(lambda: model.losses(model.pack(trainer.train, range(16))))
-    plain = dict.fromkeys(weights, 1.0)
+    costs, all_of_one = bank.costs, sum(bank.costs.values())
     return [
         Arm(name="balanced", rank=WIDE),
         *(Arm(name=f"cut-{r}", rank=r) for r in (1, 2, 4, 8, 16, 32)),
         *(Arm(name=f"same-{r}", rank=r, rate=(r / WIDE) ** 0.5) for r in (4, 16)),
         Arm(name="fast-4", rank=WIDE, rate=(WIDE / 4) ** 0.5),
-        *(Arm(name=f"pooled-{r}", rank=r, allocation=pooled(bank, whole, plain, r)) for r in (4, 16)),
-        Arm(name="weighted-4", rank=4, allocation=pooled(bank, whole, weights, 4)),
+        *(Arm(name=f"pooled-{r}", rank=r, allocation=allocate(whole, costs, r * all_of_one)) for r in (4, 16)),
+        Arm(name="weighted-4", rank=4, allocation=allocate(whole, costs, 4 * all_of_one, weights)),
     ]
 
 
@@ -69,23 +71,11 @@ def rates(trainer: Trainer[Bank], whole: Mapping[str, Spectrum]) -> list[Arm]:
         *(Arm(name=f"cut-{r}", rank=r) for r in (*small, 16)),
         *(Arm(name=f"cool-{r}", rank=r, rate=(r / 16) ** 0.25) for r in small),
         *(Arm(name=f"cold-{r}", rank=r, rate=(r / 16) ** 0.5) for r in small),
+        *(Arm(name=f"forgot-{r}", rank=r, forgets=True) for r in (4, 16)),
     ]
 
 
 ARMS = {"cuts": arms, "rates": rates}
-
-
-def pooled(bank: Bank, whole: Mapping[str, Spectrum], weights: Mapping[str, float], rank: int) -> dict[str, int]:
-    """The largest weight·S² per parameter of all layers, as many as rank `rank` everywhere has parameters."""
-    cost = {n: layer.d_in + layer.d_out for n, layer in bank.layers.items()}
-    values = [(weights[n] * s**2 / cost[n], n) for n in whole for s in whole[n].S_R.tolist()]
-    left, ranks = rank * sum(cost.values()), dict.fromkeys(whole, 0)
-    for _, name in sorted(values, reverse=True):
-        if cost[name] > left:
-            break
-        left -= cost[name]
-        ranks[name] += 1
-    return ranks
 
 
 def cut(
@@ -95,6 +85,8 @@ def cut(
     optimizer = trainer.optimizer
     c = wide.truncations(0, [arm.rank], [ALPHA / arm.rank], whole, [arm.allocation])
     mean, square = carried(wide, 0, whole, c, optimizer.mean.views, optimizer.square.views)
+    if arm.forgets:
+        mean, square = ({name: torch.zeros_like(t) for name, t in each.items()} for each in (mean, square))
     return c, mean, square
 
 
