@@ -178,7 +178,7 @@ def test_the_costs_add_up():
 
 
 def test_an_unmeasured_accuracy_is_not_mentioned():
-    said = "Answers with every token right"
+    said = "Whole answers right"
     assert said in page("usual")[1].text()
     assert said not in page("lone")[1].text()
 

@@ -222,7 +222,7 @@ def train(config: RunConfig) -> None:
         say("but", doubt)
     say("loss", f"{a.base:.4f} → {a.final:.4f} nats per {unit}")
     if b.base is not None and b.final is not None:
-        whole = " of answers, every token right" if result.task == "causal" else ""
+        whole = " of answers wholly right" if result.task == "causal" else ""
         say("accuracy", f"{b.base:.1%} → {b.final:.1%}{whole}")
     say("parameters", f"{result.trainable_parameters:,}")
     say("time", f"{result.time.total_s:.0f} s, {result.time.search_s:.0f} s of it for the choice")
