@@ -18,7 +18,6 @@ Shapes: K candidates, T tokens of a pass.
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from transformers import PreTrainedModel
 from benchmarks.lengths import Lengths
 from benchmarks.shapes import (
     SHAPES,
+    command,
     empty,
     forget,
     made_up,
@@ -222,7 +222,7 @@ def main() -> None:
     bench = Bench(given)
     axes = given.axes.split(",")
     record: dict[str, Any] = {
-        "command": "python -m benchmarks.growth " + " ".join(sys.argv[1:]),
+        "command": command("benchmarks.growth", given.out),
         "versions": versions(bench.device),
         "rank": RANK,
         "axes": {axis: [] for axis in axes},

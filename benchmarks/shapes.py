@@ -2,10 +2,12 @@
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -118,6 +120,11 @@ def forget(device: torch.device) -> None:
     """Frees what nobody holds any more, compiled code as well, and starts to look for the peak anew."""
     torch.compiler.reset()
     reset_peak(device)
+
+
+def command(module: str, out: Path) -> str:
+    """As it was given, but for the folder of `out`, which is a machine's."""
+    return f"python -m {module} " + " ".join(out.name if word == str(out) else word for word in sys.argv[1:])
 
 
 def empty(device: torch.device) -> None:

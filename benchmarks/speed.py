@@ -38,7 +38,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.lengths import ROWS
-from benchmarks.shapes import SHAPES, matmul_rates, versions
+from benchmarks.shapes import SHAPES, command, matmul_rates, versions
 from benchmarks.speed_baselines import BASELINES, measure_baseline
 from benchmarks.speed_bench import Bench, Found
 from benchmarks.speed_ours import Ours
@@ -124,7 +124,7 @@ def main() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # nobody is to run eagerly unawares
     bench = Bench(given)
     record: Found = {
-        "command": "python -m benchmarks.speed " + " ".join(sys.argv[1:]),
+        "command": command("benchmarks.speed", given.out),
         "versions": versions(bench.device),
         "options": {k: str(v) for k, v in vars(given).items() if k != "out"},
         "matmul_tflops": matmul_rates(given.shape, bench.device, bench.dtype),

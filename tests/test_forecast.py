@@ -111,43 +111,35 @@ def test_wide_models_take_short_passes() -> None:
     assert graph[1:] == [FULL_TOKENS] * 4
 
 
+class Layer:
+    d_in = d_out = 5380  # the mean of 2.9e7 weights
+
+
+class Llama7b:
+    """Its layers, on a device that need not be there."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.layers = torch.device(device), dict.fromkeys(range(224), Layer)
+
+
 def test_what_python_launches_too_slowly_is_a_graph() -> None:
-    """LLaMA-7B's layers, no GPU there: passes of SQuAD's lengths are graphs, of 16,000 tokens not."""
-
-    class Layer:
-        d_in = d_out = 5380  # the mean of 2.9e7 weights
-
-    class Device:
-        type = "cuda"
-
-    class Layers:
-        device, layers = Device, dict.fromkeys(range(224), Layer)
+    """Passes of SQuAD's lengths are graphs, of 16,000 tokens not."""
 
     class Steps:
         class train:
             lengths = torch.tensor([100.0, 300.0]).numpy()
 
-    def graphs(batch_size: int, micro_tokens: int, compiled: Switch) -> Switch:
-        return graphs_worth(Steps, batch_size, Layers, micro_tokens, compiled)  # type: ignore[arg-type]
+    def graphs(batch_size: int, micro_tokens: int, compiled: Switch, device: str = "cuda") -> Switch:
+        return graphs_worth(Steps, batch_size, Llama7b(device), micro_tokens, compiled)  # type: ignore[arg-type]
 
     assert [graphs(32, 7680, compiled) for compiled in ("off", "on")] == ["on", "on"]
     assert [graphs(80, 16_384, compiled) for compiled in ("off", "on")] == ["off", "off"]
     assert graphs(80, 2048, "on") == "on", "it goes by the passes, not by the step"
-    Device.type = "cpu"
-    assert graphs(32, 7680, "on") == "off"
+    assert graphs(32, 7680, "on", "cpu") == "off"
 
 
 def test_compiling_has_to_be_repaid() -> None:
-    """LLaMA-7B's layers, no GPU there: a run of a thousand steps pays for it, one of twenty does not."""
-
-    class Layer:
-        d_in = d_out = 5380
-
-    class Layers:
-        class device:
-            type = "cuda"
-
-        layers = dict.fromkeys(range(224), Layer)
+    """A run of a thousand steps pays for it, one of twenty does not."""
 
     class Train(list[int]):
         lengths = torch.full((32_000,), 200.0).numpy()
@@ -155,15 +147,14 @@ def test_compiling_has_to_be_repaid() -> None:
     class Rows:
         train = Train(range(32_000))
 
-    def wanted(**options: float) -> Switch:
+    def wanted(device: str = "cuda", **options: float) -> Switch:
         config = RunConfig(model="m", data="d", batch_size=32, **options)  # type: ignore[arg-type]
-        return compiling(config, Rows, Layers)  # type: ignore[arg-type]
+        return compiling(config, Rows, Llama7b(device))  # type: ignore[arg-type]
 
     assert wanted(epochs=1) == "on"
     assert wanted(epochs=0.02) == "off"
     assert wanted(epochs=1, max_steps=20) == "off"
-    Layers.device.type = "cpu"
-    assert wanted(epochs=1) == "off"
+    assert wanted("cpu", epochs=1) == "off"
 
 
 @pytest.mark.parametrize("strategy", ["shrink", "race", "grid"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
+from models import leaky
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data import Data, load_data
@@ -90,16 +91,9 @@ def test_every_variant_of_lora_is_what_its_name_says(causal: tuple[RunConfig, Da
 
 def test_a_model_that_packing_does_not_reproduce_is_refused(causal: tuple[RunConfig, Data]) -> None:
     config, data = causal
-
-    def leaky() -> PreTrainedModel:
-        model = base_of(config, data)
-        norm = model.base_model.get_submodule("norm")
-        norm.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
-        return model
-
     for name in ("lora-r8", "full", "shrink"):
         with pytest.raises(RankraceError, match="packed rows"):
-            find_method(name).prepare(config, data, leaky(), "causal")
+            find_method(name).prepare(config, data, leaky(base_of(config, data)), "causal")
 
 
 def test_peft_lora_in_the_loop_is_the_bank_with_one_candidate(causal: tuple[RunConfig, Data]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from examples import examples
-from models import CAUSAL, CLASSIFYING, tiny
+from models import CAUSAL, CLASSIFYING, leaky, tiny
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, made_up, size_buckets
@@ -108,8 +108,7 @@ def test_verify_notices_a_model_that_looks_across_examples() -> None:
 
     model, rows = model_of("llama")
     model.verify(model.pack(rows, range(3)))
-    leaky = model.trunk.get_submodule("norm")
-    leaky.register_forward_hook(lambda module, args, out: out + out.mean(1, keepdim=True))
+    leaky(model.model)
     with pytest.raises(RankraceError, match="packed rows"):
         model.verify(model.pack(rows, range(3)))
 

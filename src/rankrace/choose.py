@@ -127,8 +127,7 @@ def search(
     data = checked_data(data, tokenizer, task, vocabulary_size(model))
     with lent(model), Progress() as progress:
         session = prepare(config, data, model, task, price)
-        for note in [*data.notes, *session.notes]:
-            progress.say(f"Note: {note}")
+        progress.note([*data.notes, *session.notes])
         return choose(session, progress)
 
 

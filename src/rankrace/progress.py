@@ -45,6 +45,11 @@ class Progress:
         # On a terminal whole words are wrapped; in a file a line stays one line.
         self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
+    def note(self, notes: Sequence[str]) -> None:
+        """What a person should know, a line each."""
+        for note in notes:
+            self.say(f"Note: {note}")
+
     def say_new(self, lines: Sequence[str]) -> None:
         """Those at the end of a growing list that were not there at the last call."""
         for line in lines[self.said :]:

@@ -122,8 +122,7 @@ def open_session(config: RunConfig, progress: Progress) -> tuple[Session, PreTra
     progress.phase("measuring the base model")
     began = time.perf_counter()
     session = prepare(config, data, model, task)
-    for note in session.notes:
-        progress.say(f"Note: {note}")
+    progress.note(session.notes)
     clock.evaluation = time.perf_counter() - began
     return session, tokenizer, clock
 
@@ -143,8 +142,7 @@ def load(config: RunConfig, progress: Progress) -> tuple[Data, PreTrainedModel, 
         config.model, task, data.labels, device=device, dtype=dtype, seed=config.seed, quantize_to=config.quantize
     )
     data = checked_data(data, tokenizer, task, vocabulary_size(model))
-    for note in data.notes:
-        progress.say(f"Note: {note}")
+    progress.note(data.notes)
     return data, model, tokenizer, task
 
 

@@ -180,7 +180,7 @@ class Bank:
             yield
         finally:
             self._lent = None
-            self.install(self.loaded)
+            self.compute_with(self.loaded)
 
     # --- how a pass runs
 

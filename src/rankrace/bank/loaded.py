@@ -3,8 +3,6 @@
 Shapes: K candidates, P all parameters of one, P_A those of its factors A, which come first.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +10,20 @@ from rankrace.bank.candidates import Candidates
 from rankrace.bank.flat import Flat
 
 
-class Lent:
+class Computing:
+    """What the products read of K candidates: the factors in the model's type, all A before all B; zeros at first."""
+
+    def __init__(self, candidates: Candidates, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """`tensors`: those of the candidates."""
+        first = next(iter(tensors.values()))
+        self.ranks = candidates.ranks
+        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=first.dtype, device=first.device)
+        self.factors = [f"{name}.{ab}" for ab in "AB" for name in candidates.factors]
+        shapes = {name: tensors[name].shape[1:] for name in self.factors}
+        self.compute = Flat(shapes, len(self.ranks), dtype=dtype, device=first.device)
+
+
+class Lent(Computing):
     """Candidates that are measured: the factors as the products use them, in the model's type, and the heads.
 
     The factors in full precision are not held, so whoever made them for the occasion can let them go.
@@ -20,17 +31,12 @@ class Lent:
 
     def __init__(self, candidates: Candidates, dtype: torch.dtype) -> None:
         tensors = candidates.tensors()
-        first = next(iter(tensors.values()))
-        factors = {f"{n}.{ab}": tensors[f"{n}.{ab}"] for ab in "AB" for n in candidates.factors}
-        shapes = {name: t.shape[1:] for name, t in factors.items()}
-        self.ranks = candidates.ranks
-        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=first.dtype, device=first.device)
-        self.compute = Flat(shapes, len(self.ranks), dtype=dtype, device=first.device)
-        self.heads = {name: t for name, t in tensors.items() if name not in factors}
-        for name, t in factors.items():
+        super().__init__(candidates, tensors, dtype)
+        for name in self.factors:
+            t = tensors.pop(name)
             # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
-            scaled = t * self.multiplier_K[:, None, None] if name.endswith(".B") else t
-            self.compute.views[name].copy_(scaled)
+            self.compute.views[name].copy_(t * self.multiplier_K[:, None, None] if name.endswith(".B") else t)
+        self.heads = tensors
 
     def parameter(self, name: str) -> nn.Parameter:
         """Of a head."""
@@ -40,7 +46,7 @@ class Lent:
         """They do not change."""
 
 
-class Loaded:
+class Loaded(Computing):
     """Candidates that are trained: a few large pieces of memory instead of thousands of small ones.
 
     `candidates` holds views into `values`; `compute` is what the products use, in the model's type.
@@ -51,14 +57,7 @@ class Loaded:
         self.values = Flat.of(candidates.tensors())
         self.gradients = Flat.like(self.values.views)
         self.candidates = candidates.with_tensors(self.values.views)
-        self.ranks = candidates.ranks
-        first = self.values.all_KP
-        self.multiplier_K = torch.tensor(candidates.multipliers, dtype=first.dtype, device=first.device)
-        factors: Mapping[str, Tensor] = {
-            f"{n}.{ab}": self.values.views[f"{n}.{ab}"] for ab in "AB" for n in candidates.factors
-        }
-        shapes = {name: t.shape[1:] for name, t in factors.items()}
-        self.compute = Flat(shapes, len(self.ranks), dtype=dtype, device=first.device)
+        super().__init__(candidates, self.values.views, dtype)
         self._P_A = sum(A[0].numel() for A, _ in candidates.factors.values())
 
     def parameter(self, name: str) -> nn.Parameter:

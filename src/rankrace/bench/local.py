@@ -181,8 +181,10 @@ def has_room(gpu: int | None, memory_gib: float, slots: Sequence[Slot], *, alone
     """Whether another run fits on the GPU. The first one starts in any case: it says itself what is missing."""
     if gpu is None or not any(slot.job for slot in slots if slot.gpu == gpu):
         return True
-    if alone or memory_gib == 0:
-        return not alone
+    if alone:
+        return False
+    if memory_gib == 0:
+        return True
     free, _ = torch.cuda.mem_get_info(gpu)
     return free / 2**30 >= memory_gib
 

@@ -50,7 +50,7 @@ def run_experiment(
         Interrupted: Ctrl-C or SIGTERM; the runs in hand were saved.
     """
     experiment = narrowed(read_experiment(path, model), methods=methods, tasks=tasks, seeds=seeds)
-    chosen_device(device)
+    where = chosen_device(device)
     console, store = Console(stderr=True, highlight=False), Store(out)
     began, tried = time.monotonic(), set[str]()
 
@@ -77,7 +77,7 @@ def run_experiment(
             console.print(f"Set aside, and run again: {path} was no whole record", markup=False, soft_wrap=True)
         check(experiment, records)
         others = sorted({r["hardware"]["device"] for r in records.values() if r["status"] == "done"}
-                        - {hardware(chosen_device(device))["device"]})  # fmt: skip
+                        - {hardware(where)["device"]})  # fmt: skip
         if others:
             console.print(f"{len(records)} records are there, made on {', '.join(others)}: only what is missing is "
                           f"run, and goes among them. For runs of your own give another --out than {out}.",

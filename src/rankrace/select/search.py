@@ -142,7 +142,7 @@ class Search:
 
     def apply(self, look: Look) -> None:
         """Carries out what a look decided."""
-        running = [e for e in self.state.entries if e.status == "running"]
+        running = self.running
         unbilled = self.trainer.seconds - sum(e.seconds for e in self.state.entries)
         for e in running:
             e.seconds += unbilled / len(running)
@@ -184,8 +184,7 @@ class Search:
         """Moves the losses of finished steps from the device into the record; one wait for many steps."""
         if not self._unread:
             return
-        running = [e for e in self.state.entries if e.status == "running"]
-        for column, entry in zip(torch.stack(self._unread).T.tolist(), running, strict=True):
+        for column, entry in zip(torch.stack(self._unread).T.tolist(), self.running, strict=True):
             entry.losses += column
             entry.steps += len(column)
         self._unread = []
@@ -201,9 +200,13 @@ class Search:
         return self.trainer.bank.candidates.ranks
 
     @property
+    def running(self) -> list[Entry]:
+        """The candidates that train, in their order."""
+        return [entry for entry in self.state.entries if entry.status == "running"]
+
+    @property
     def names(self) -> list[str]:
-        """Of the candidates that train, in their order."""
-        return [entry.name for entry in self.state.entries if entry.status == "running"]
+        return [entry.name for entry in self.running]
 
     def direct(self) -> list[Trial]:
         return self.trials(self.ranks, "direct")
