@@ -78,3 +78,9 @@ def test_truncations_of_a_candidate_in_the_bank() -> None:
         S = torch.linalg.svdvals(update)
         torch.testing.assert_close(torch.linalg.norm(update - 5.0 * b[0] @ a[0]), S[2:].norm())
         assert not a[0, 2:].any()
+
+
+def test_the_number_of_threads_is_as_before() -> None:
+    before = torch.get_num_threads()
+    spectrum(torch.randn(4, 9), torch.randn(7, 4), 1.0)
+    assert torch.get_num_threads() == before

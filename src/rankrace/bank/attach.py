@@ -21,6 +21,7 @@ from rankrace.bank.linear import BankLinear, BankSwitch, Siblings
 from rankrace.bank.loaded import Lent, Loaded
 from rankrace.bank.siblings import find_siblings
 from rankrace.bank.targets import HEAD_NAMES, find_targets
+from rankrace.bank.threads import one_thread
 from rankrace.errors import RankraceError
 
 
@@ -104,8 +105,10 @@ class Bank:
             for draw in set(draws or (0,)):
                 counters = (self.seed, layer.index) if draw == 0 else (self.seed, layer.index, draw)
                 generator = torch.Generator().manual_seed(counter_seed(*counters))
-                widest_RD = torch.rand(max(ranks), layer.d_in, generator=generator, dtype=torch.float32)
-                widest_RD = (widest_RD.mul_(2).sub_(1) / layer.d_in**0.5).to(self.device, self.dtype)
+                with one_thread():
+                    widest_RD = torch.rand(max(ranks), layer.d_in, generator=generator, dtype=torch.float32)
+                    widest_RD = widest_RD.mul_(2).sub_(1) / layer.d_in**0.5
+                widest_RD = widest_RD.to(self.device, self.dtype)
                 for k, r in enumerate(ranks):
                     if draws is None or draws[k] == draw:
                         A_KRD[k, :r] = widest_RD[:r]

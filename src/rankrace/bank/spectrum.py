@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankrace.bank.threads import one_thread
+
 LEAST = 1e-7
 """Of a factor's largest singular value: what float64 can still tell from zero after squaring."""
 TOGETHER = 16
@@ -72,9 +74,12 @@ def spectra(factors: Mapping[str, tuple[Tensor, Tensor]], multiplier: float) -> 
         B_NDR = torch.stack([factors[n][1] for n in names]).double()
         A_NDR = torch.stack([factors[n][0].T for n in names]).double()
         # On a GPU decompositions so small are slower than on the host.
-        (to_B, C_B), (to_A, C_A) = (basis((X.mT @ X).cpu()) for X in (B_NDR, A_NDR))
-        U_NRR, S_NR, Vh_NRR = torch.linalg.svd(multiplier * C_B @ C_A.mT)
-        S_NR, to_U_NRR, to_V_NRR = (x.to(B_NDR.device) for x in (S_NR, to_B @ U_NRR, to_A @ Vh_NRR.mT))
+        grams = [(X.mT @ X).cpu() for X in (B_NDR, A_NDR)]
+        with one_thread():
+            (to_B, C_B), (to_A, C_A) = (basis(gram_NRR) for gram_NRR in grams)
+            U_NRR, S_NR, Vh_NRR = torch.linalg.svd(multiplier * C_B @ C_A.mT)
+            on_host = S_NR, to_B @ U_NRR, to_A @ Vh_NRR.mT
+        S_NR, to_U_NRR, to_V_NRR = (x.to(B_NDR.device) for x in on_host)
         for i, name in enumerate(names):
             A_RD, B_DR = factors[name]
             found[name] = Spectrum(A_RD=A_RD, B_DR=B_DR, S_R=S_NR[i], to_U_RR=to_U_NRR[i], to_V_RR=to_V_NRR[i])
