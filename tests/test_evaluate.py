@@ -16,7 +16,7 @@ from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Encoded
 from rankrace.errors import RankraceError
-from rankrace.evaluate.generate import answer, batches, generate, remembering
+from rankrace.evaluate.generate import LOOK_EVERY, answer, batches, generate, remembering
 from rankrace.evaluate.predict import classified, predict, row_scores, training_rows
 from rankrace.methods.parameters import Parameters
 from rankrace.session import recipe_of
@@ -94,6 +94,33 @@ def test_generation_is_transformers_own(family: str) -> None:
         found = [[*row, EOS] for row in answer(prompts, packed, EOS, 12, 16).tolist()]
     assert [row[: row.index(EOS)] for row in found] == [row[: row.index(EOS)] for row in expected]
     assert len({tuple(row) for row in expected}) > 1
+
+
+@pytest.mark.parametrize("look_every", [1, 7])
+def test_answers_that_have_ended_cost_nothing(look_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers as when all are written to the end, over more cells than the first steps see."""
+    monkeypatch.setitem(LOOK_EVERY, "cpu", look_every)
+    torch.manual_seed(0)
+    model = tiny("llama").eval()
+    prompts = [torch.randint(5, VOCABULARY, (length,)).numpy() for length in (3, 17, 1, 9, 12, 5, 30, 2)]
+    packed = PackedModel(model, Parameters(model, {}), "causal")
+    steps: list[int] = []
+    packed.trunk.register_forward_pre_hook(
+        lambda _, __, inputs: steps.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with remembering(model), torch.no_grad():
+        whole = answer(prompts, packed, -1, 150, 4096).tolist()
+        assert steps[1:] == [len(prompts)] * 149
+        ends = {token: [row.index(token) if token in row else 150 for row in whole] for token in {*whole[0], *whole[1]}}
+        eos = max(ends, key=lambda token: len(set(ends[token])))
+        steps.clear()
+        found = answer(prompts, packed, eos, 150, 4096).tolist()
+    assert len(set(ends[eos])) >= 3
+    assert [row[:n] for row, n in zip(found, ends[eos], strict=True)] == [
+        row[:n] for row, n in zip(whole, ends[eos], strict=True)
+    ]
+    assert steps[1:] == sorted(steps[1:], reverse=True)
+    assert min(steps[1:]) <= len(prompts) // 2
 
 
 def test_options_are_chosen_by_likelihood(trainer: Trainer[Bank], smollm2: Path) -> None:

@@ -3,8 +3,7 @@
 Prompts run as packed rows, as in training. Then every prompt has one token in hand, and these make a packed row of N
 tokens, each of which sees its own prompt and what was written after it.
 
-Shapes: N prompts, T tokens of a packed row, M cells of a prompt and its answer, H / G query / key heads, D head
-width.
+Shapes: N prompts, T tokens of a packed row, M cells that are looked at, H / G query / key heads, D head width.
 """
 
 from dataclasses import dataclass, field
@@ -27,11 +26,13 @@ class Cache:
     prompts: int
     """N"""
     cells: int
-    """M"""
+    """Of each prompt and its answer, at most."""
+    reach: int
+    """M: how many of them a token in hand may attend to; those behind are empty yet."""
     position_N: Tensor
     """int64: of the token in hand."""
     keys: dict[nn.Module, Tensor] = field(default_factory=dict)
-    """[N, M, G, D] of each attention module."""
+    """[N, cells, G, D] of each attention module."""
     values: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def store(self, module: nn.Module, place_T: Tensor, key_TGD: Tensor, value_TGD: Tensor) -> None:
@@ -43,11 +44,18 @@ class Cache:
 
     def seen(self, window: int | None) -> Tensor:
         """[N, 1, 1, M] bool: the cells that the token in hand attends to."""
-        cell_M, position_N1 = torch.arange(self.cells, device=self.position_N.device), self.position_N[:, None]
+        cell_M, position_N1 = torch.arange(self.reach, device=self.position_N.device), self.position_N[:, None]
         mask_NM = cell_M <= position_N1
         if window is not None:
             mask_NM &= cell_M > position_N1 - window
         return mask_NM[:, None, None]
+
+    def keep(self, indices: Tensor) -> None:
+        """Only these prompts."""
+        self.prompts, self.position_N = len(indices), self.position_N[indices]
+        for memory in (self.keys, self.values):
+            for module in memory:
+                memory[module] = memory[module][indices]
 
     @property
     def place_N(self) -> Tensor:
@@ -83,7 +91,7 @@ def remembering_attention(
         return packed_attention(module, query, key, value, attention_mask, scaling=scaling, layout=layout.layout,
                                 sliding_window=sliding_window, **others)  # fmt: skip
     layout.store(module, layout.place_N, k_TGD, v_TGD)
-    k_NGMD, v_NGMD = (memory[module].transpose(1, 2) for memory in (layout.keys, layout.values))
+    k_NGMD, v_NGMD = (memory[module][:, : layout.reach].transpose(1, 2) for memory in (layout.keys, layout.values))
     # The query heads of a key head stand where a sequence would: no key is copied for them.
     q_NGHD = query[0].transpose(0, 1).unflatten(1, (k_NGMD.shape[1], -1))
     out_NGHD = scaled_dot_product_attention(q_NGHD, k_NGMD, v_NGMD, layout.seen(sliding_window), scale=scaling)

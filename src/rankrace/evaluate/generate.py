@@ -5,6 +5,7 @@ Shapes: N prompts of a batch, T tokens of a packed row, A tokens of an answer at
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ MOST_PROMPTS = 1024
 MEMORY_SHARE, CPU_BYTES = 0.4, 2**30
 """What keys and values may take: a share of a GPU's free memory; on a CPU so many bytes."""
 LOOK_EVERY = {"cuda": 16, "cpu": 1}
-"""Steps between looks whether all answers have ended; on a GPU a look waits for it."""
+"""Steps between looks at which answers have ended; on a GPU a look waits for it."""
+LEAST_REACH = 64
+"""Cells beyond the longest prompt that the first steps attend to."""
 
 
 @torch.no_grad()
@@ -69,30 +72,78 @@ def answer(
     """[N, A] tokens; what follows an EOS means nothing."""
     device, N = model.model.device, len(prompts)
     lengths_N = torch.tensor([len(p) for p in prompts], device=device)
-    cache = Cache(prompts=N, cells=int(lengths_N.max()) + max_new_tokens, position_N=lengths_N.clone())
+    longest = int(lengths_N.max())
+    cache = Cache(prompts=N, cells=longest + max_new_tokens, reach=longest, position_N=lengths_N)
     token_N = first_tokens(prompts, model, cache, micro_tokens)
     out_NA = torch.full((N, max_new_tokens), eos, device=device)
     out_NA[:, 0] = token_N
-    written = torch.ones(1, dtype=torch.long, device=device)
+    writing = Writing(
+        model=model, cache=cache, token_N=token_N, out_NA=out_NA, place_N=torch.arange(N, device=device)
+    )
+    all_NA, look_every = out_NA.clone(), LOOK_EVERY[device.type]
+    for count in range(1, max_new_tokens):
+        if count % look_every == 0:
+            ended_N = (writing.out_NA[:, :count] == eos).any(1)
+            if bool(ended_N.all()):
+                break
+            if 2 * int(ended_N.sum()) >= len(ended_N):
+                all_NA[writing.place_N] = writing.out_NA
+                writing.keep((~ended_N).nonzero()[:, 0])
+        # Room for all steps until the next look, and twice as much each time: the memory of a step is fixed.
+        if longest + count + look_every > cache.reach:
+            writing.see(longest + max(LEAST_REACH, 2 * (cache.reach - longest)))
+        writing.take()
+    all_NA[writing.place_N] = writing.out_NA
+    return all_NA
 
-    def step() -> None:
+
+@dataclass(kw_only=True)
+class Writing:
+    """Answers in the making: those of the batch that have not ended, or had not when it was last looked."""
+
+    model: PackedModel[Any]
+    cache: Cache
+    token_N: Tensor
+    """In hand: written, but not yet read by the model."""
+    out_NA: Tensor
+    place_N: Tensor
+    """Which answers of the batch they are."""
+    steps: int = 0
+    """Since anything changed its size."""
+    replay: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.written = torch.ones(1, dtype=torch.long, device=self.token_N.device)
+
+    def take(self) -> None:
+        """A step; from the second of a size on as a CUDA graph, where there are such: the first has taken all memory
+        that stays."""
+        if self.steps == 1 and self.token_N.is_cuda:
+            self.replay = captured(self.step)
+        (self.replay or self.step)()
+        self.steps += 1
+
+    def step(self) -> None:
         """Each token in hand → the next one. Nothing here depends on what is computed, and no memory is new."""
-        inputs: dict[str, Any] = {"input_ids": token_N[None]}
+        model, cache = self.model, self.cache
+        inputs: dict[str, Any] = {"input_ids": self.token_N[None]}
         inputs["position_ids"] = cache.position_N[None] + model.position_offset
         h_1ND = model.trunk(**inputs, use_cache=False, layout=cache).last_hidden_state
-        token_N.copy_(model.token_logits(h_1ND[0]).argmax(-1))
+        self.token_N.copy_(model.token_logits(h_1ND[0]).argmax(-1))
         cache.position_N.add_(1)
-        out_NA.index_copy_(1, written, token_N[:, None])
-        written.add_(1)
+        self.out_NA.index_copy_(1, self.written, self.token_N[:, None])
+        self.written.add_(1)
 
-    take = step
-    for count in range(1, max_new_tokens):
-        if count % LOOK_EVERY[device.type] == 0 and bool((out_NA[:, :count] == eos).any(1).all()):
-            break
-        if device.type == "cuda" and count == 2:  # the first step took all memory that stays
-            take = captured(step)
-        take()
-    return out_NA
+    def keep(self, indices: Tensor) -> None:
+        """Goes on with these answers alone: every step costs what it costs for all that are there."""
+        self.replay, self.steps = None, 0
+        self.cache.keep(indices)
+        self.token_N, self.out_NA, self.place_N = (x[indices] for x in (self.token_N, self.out_NA, self.place_N))
+
+    def see(self, reach: int) -> None:
+        """From now on attends to the first `reach` cells of each."""
+        self.replay, self.steps = None, 0
+        self.cache.reach = min(-(-reach // 16) * 16, self.cache.cells)  # attention kernels like even masks
 
 
 def first_tokens(prompts: Sequence[np.ndarray], model: PackedModel[Any], cache: Cache, micro_tokens: int) -> Tensor:
