@@ -5,7 +5,6 @@ What a command finds goes to stdout, so that it can be piped; everything else go
 
 import inspect
 import io
-import logging
 import sys
 import textwrap
 import types
@@ -91,9 +90,6 @@ def main() -> None:
 
 def quieten() -> None:
     """Keeps what libraries say about themselves off the terminal, but for the progress of downloads."""
-    # Where it is installed PEFT imports it, and it warns of a CPU kernel that nobody asked for.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as of_transformers
 
