@@ -248,6 +248,28 @@ def test_an_edge_is_said_beside_the_rank(causal: Trained, tmp_path: Path) -> Non
         assert "Not confident" not in ran.out, "the edge is why"
 
 
+def test_a_model_given_from_here_is_found_from_everywhere(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PEFT, from another working directory; the configuration keeps what was given, and resuming goes by that."""
+    tiny_llama(tmp_path / "model", smollm2)
+    write_rows(tmp_path / "sums.jsonl", SUMS)
+    monkeypatch.chdir(tmp_path)
+    given = ["train", "--model", "./model", "--data", "sums.jsonl", "--out", "out", *SHORT]
+    ran = rankrace(*given)
+    assert ran.code == 0, ran.err
+    assert yaml.safe_load(Path("out/config.yaml").read_text())["model"] == "./model"
+    again = rankrace(*given, "--resume")
+    assert (again.code, again.out) == (0, ran.out)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("../out/adapter")
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "model")
+    assert Result.read(Path("../out/result.json")).model == str(tmp_path / "model")
+    for page in ("adapter/README.md", "report.html"):
+        assert f"{tmp_path}/model" in Path("../out", page).read_text()
+
+
 def test_resuming_a_finished_run_says_so(causal: Trained) -> None:
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in causal.out.rglob("*") if path.is_file()}
     ran = rankrace("train", "--config", causal.out / "config.yaml", "--out", causal.out, "--resume")

@@ -3,6 +3,7 @@
 rankrace.train(RunConfig(model="HuggingFaceTB/SmolLM2-135M", data="squad_v2", out="runs/squad"))
 """
 
+import os
 import platform
 import shlex
 import time
@@ -138,12 +139,18 @@ def load(config: RunConfig, progress: Progress) -> tuple[Data, PreTrainedModel, 
     tokenizer = load_tokenizer(config.model)
     data = encode_splits(read, make_encoder(config, tokenizer, task, read))
     progress.phase("loading the model")
+    name = anywhere(config.model)
     model = load_model(
-        config.model, task, data.labels, device=device, dtype=dtype, seed=config.seed, quantize_to=config.quantize
+        name, task, data.labels, device=device, dtype=dtype, seed=config.seed, quantize_to=config.quantize
     )
     data = checked_data(data, tokenizer, task, vocabulary_size(model))
     progress.note(data.notes)
     return data, model, tokenizer, task
+
+
+def anywhere(model: str) -> str:
+    """A name under which the model is found from every working directory: adapter, record and report keep it."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 def task_of(config: RunConfig) -> Task:
@@ -289,7 +296,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
     assert isinstance(peft_config.target_modules, set | list)
     entries = search.state.entries
     return Result(
-        model=config.model,
+        model=bank.model.name_or_path,
         task="classification" if trainer.model.task == "classification" else "causal",
         strategy=search.strategy.name,
         rank=rank,
