@@ -82,6 +82,11 @@ def classifying(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
     return Trained(model, data, folder / "out", ran)
 
 
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Of every file its time and bytes."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
 def loaded_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return peft.load_peft_weights(str(folder), device="cpu")
 
@@ -241,8 +246,8 @@ def test_texts_longer_than_the_model_takes(classifying: Trained, tmp_path: Path)
 
 def test_an_edge_is_said_beside_the_rank(causal: Trained, tmp_path: Path) -> None:
     given = ["--model", causal.model, "--data", causal.data, *SHORT, "--strategy", "grid", "--no-refine"]
-    for command in ("train", "search"):
-        ran = rankrace(command, *given, "--ranks", 3, "--out", tmp_path / "out")
+    for command, out in (("train", ["--out", tmp_path / "out"]), ("search", [])):
+        ran = rankrace(command, *given, "--ranks", 3, *out)
         assert ran.code == 0, ran.err
         assert "but         Edge of the search: 3 is the smallest rank there was to choose." in ran.out
         assert "Not confident" not in ran.out, "the edge is why"
@@ -271,13 +276,12 @@ def test_a_model_given_from_here_is_found_from_everywhere(
 
 
 def test_resuming_a_finished_run_says_so(causal: Trained) -> None:
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in causal.out.rglob("*") if path.is_file()}
+    before = contents(causal.out)
     ran = rankrace("train", "--config", causal.out / "config.yaml", "--out", causal.out, "--resume")
     assert ran.code == 0, ran.err
     assert ran.err == f"This run is finished: {causal.out / 'report.html'}\n"
     assert ran.out == causal.ran.out
-    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in causal.out.rglob("*") if path.is_file()}
-    assert after == before
+    assert contents(causal.out) == before
 
 
 def test_the_adapter_has_the_loss_that_is_reported(causal: Trained) -> None:
@@ -322,10 +326,16 @@ def lora_config(out: str) -> tuple[peft.LoraConfig, float]:
     return config, float(code.rpartition("# learning rate ")[2])
 
 
-def test_search_finds_what_train_finds_and_writes_nothing(causal: Trained, tmp_path: Path) -> None:
-    ran = rankrace("search", "--config", causal.out / "config.yaml", "--out", tmp_path / "out")
+def test_search_finds_what_train_finds_and_writes_nothing(
+    causal: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the configuration names a folder for the run."""
+    monkeypatch.chdir(tmp_path)
+    before = contents(causal.out)
+    ran = rankrace("search", "--config", causal.out / "config.yaml")
     assert ran.code == 0, ran.err
     assert list(tmp_path.iterdir()) == []
+    assert contents(causal.out) == before
     result = causal.result
     assert ran.out.splitlines()[:2] == causal.ran.out.splitlines()[:2]
     config, lr = lora_config(ran.out)
@@ -337,6 +347,14 @@ def test_search_finds_what_train_finds_and_writes_nothing(causal: Trained, tmp_p
     assert config.task_type == saved.task_type == "CAUSAL_LM"
     assert lr == pytest.approx(result.learning_rate, rel=1e-2)
     assert "step 8/8" not in ran.err, "trained on after the decision"
+
+
+@pytest.mark.parametrize("option", [["--out", "out"], ["--resume"], ["--save-every", 1], ["--track", "tensorboard"]])
+def test_search_refuses_what_it_would_ignore(option: list[object], causal: Trained, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    ran = rankrace("search", "--model", causal.model, "--data", causal.data, *SHORT, *option)
+    assert_refused(ran, f"has no use for {option[0]}", "leave it out", within=tmp_path)
 
 
 def test_the_code_that_search_prints_gives_the_adapter_that_train_trains(classifying: Trained) -> None:

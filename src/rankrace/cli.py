@@ -31,7 +31,8 @@ out = Console(highlight=False, soft_wrap=True)
 
 YAML_ONLY = {"rank_lr"}
 OF_A_RUN = {"out", "resume", "save_every", "track"}
-"""Options of `train` alone; the others take them, for one set of options serves all, and do not show them."""
+"""Options of `train` alone; the others do not show them. `preview` and `plan` take them, so that they stand before
+a run with its very options; from `search`, which trains, too, one would expect something of them."""
 PANELS = {
     "model": "What to train on what",
     "strategy": "Which rank",
@@ -134,6 +135,8 @@ def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:
     def wrapper(**given: Any) -> None:
         config_file = given.pop("config")
         config = merged(config_file, given)
+        if command.__name__ == "search":
+            refuse_of_a_run(given)
         quieten()
         command(config)
 
@@ -168,6 +171,18 @@ def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     return wrapper
+
+
+def refuse_of_a_run(given: dict[str, Any]) -> None:
+    """Raises RankraceError for an option that a search has no use for; in a file, which may be that of a run, it may
+    stand."""
+    idle = sorted(name for name in OF_A_RUN if given.get(name) is not None)
+    if idle:
+        raise RankraceError(
+            f"`rankrace search` has no use for --{idle[0].replace('_', '-')}",
+            why="it prints its choice, and neither writes a file nor keeps anything to go on from",
+            fix="leave it out, or redirect the output: rankrace search … > choice.txt; `rankrace train` writes a run",
+        )
 
 
 def shown_type(annotation: Any) -> str:
