@@ -11,7 +11,7 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -21,6 +21,9 @@ from rankrace._version import __version__
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.options import checked
+
+if TYPE_CHECKING:
+    from rankrace.evaluate.command import Figure
 
 app = typer.Typer(
     add_completion=False,
@@ -337,11 +340,12 @@ def evaluate(
     part: Annotated[str, typer.Option(help="test or validation.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many rows.")] = None,
     generated: Annotated[bool, typer.Option(help="Let the model write answers that it could choose.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Its base beside it, and the difference.")] = False,
     evaluator: Annotated[str, typer.Option(help="rankrace or lm-eval.")] = "rankrace",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Draws the validation part, where the task has none.")] = 0,
 ) -> None:
-    """Measure an adapter on a task."""
+    """Measure an adapter on a task: each metric ± its standard error over the rows, clustered by document."""
     quieten()
     from rankrace.evaluate.command import evaluate as run
     from rankrace.evaluate.command import one_of
@@ -351,13 +355,31 @@ def evaluate(
     if evaluator == "lm-eval":
         from rankrace.evaluate.lm_eval import evaluate_with_lm_eval
 
-        scores = evaluate_with_lm_eval(adapter, task, model=model, limit=limit, device=device)
-    else:
-        scores = run(
-            adapter, task, model=model, part=part, limit=limit, generated=generated, device=device, seed=seed
-        )
-    for name, value in scores.items():
-        say(name, f"{value:.2f}" if isinstance(value, float) else str(value))
+        if base:
+            raise RankraceError(
+                "--base has no effect with --evaluator lm-eval",
+                why="a difference is paired row by row, and lm-eval gives no more than its means",
+                fix="leave it out, or use --evaluator rankrace",
+            )
+        for name, value in evaluate_with_lm_eval(adapter, task, model=model, limit=limit, device=device).items():
+            say(name, f"{value:.2f}")
+        return
+    found = run(
+        adapter, task, model=model, part=part, limit=limit, generated=generated, with_base=base, device=device,
+        seed=seed,
+    )  # fmt: skip
+    for name, metric in found.metrics.items():
+        line = figure(metric.adapter)
+        if metric.base is not None and metric.gain is not None:
+            line += f", base {figure(metric.base)}, difference {figure(metric.gain, '+')}"
+        say(name, line)
+    say("rows", str(found.rows))
+
+
+def figure(measured: "Figure", sign: str = "") -> str:
+    """71.43 ± 2.10"""
+    error = "" if measured.se is None else f" ± {measured.se:.2f}"
+    return f"{measured.value:{sign}.2f}{error}"
 
 
 bench = typer.Typer(help="Experiments: methods × tasks × seeds.")

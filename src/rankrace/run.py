@@ -299,7 +299,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
     assert isinstance(peft_config.target_modules, set | list)
     entries = search.state.entries
     return Result(
-        model=bank.model.name_or_path,
+        model=anywhere(config.model),
         task="classification" if trainer.model.task == "classification" else "causal",
         strategy=search.strategy.name,
         rank=rank,
