@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 import yaml
 from transformers import (
     AutoModelForCausalLM,
@@ -433,11 +434,22 @@ def assert_merged(trained: Trained, merged: Path, auto: Any, texts: list[str]) -
 def test_merge(causal: Trained, tmp_path: Path) -> None:
     ran = rankrace("merge", causal.out / "adapter", "--out", tmp_path / "merged")
     assert (ran.code, ran.err) == (0, "")
-    assert re.fullmatch(rf"merged into {tmp_path}/merged; largest difference of a logit: [\d.e-]+\n", ran.out)
+    said, how = ran.out.splitlines()
+    found = re.fullmatch(rf"merged into {tmp_path}/merged; largest difference of a logit: ([\d.e-]+), where the "
+                         r"largest logit is ([\d.e-]+): the rounding to 16 bits", said)  # fmt: skip
+    assert found is not None, said
+    assert 0 < float(found[1]) < 0.05 * float(found[2])
+    loaded = eval(how.removeprefix("load it without PEFT: "), {"transformers": transformers})
+    assert isinstance(loaded, LlamaForCausalLM)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     assert_merged(
         causal, tmp_path / "merged", AutoModelForCausalLM, [row["prompt"] + row["completion"] for row in SUMS]
     )
+
+
+def test_merge_of_a_run_instead_of_its_adapter(causal: Trained, tmp_path: Path) -> None:
+    ran = rankrace("merge", causal.out, "--out", tmp_path / "merged")
+    assert_refused(ran, "is not an adapter", f"did you mean {causal.out / 'adapter'}?", within=tmp_path)
 
 
 def test_merge_adds_the_update_and_rounds_once(causal: Trained, tmp_path: Path) -> None:

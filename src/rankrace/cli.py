@@ -321,15 +321,25 @@ def plan(config: RunConfig) -> None:
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="OUT/adapter of a finished run.")],
-    out_folder: Annotated[Path, typer.Option("--out", help="Where the merged model goes.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Where the merged model goes: a new or an empty folder.")],
     model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
 ) -> None:
     """Merge an adapter into its 16-bit base model and verify the logits."""
     quieten()
     from rankrace.merge import merge as run
+    from rankrace.progress import Progress
 
-    worst = run(adapter, out_folder, model)
-    out.print(f"merged into {out_folder}; largest difference of a logit: {worst:.2g}", markup=False)
+    with Progress() as progress:
+        progress.phase("merging, and comparing the logits")
+        merged = run(adapter, out_folder, model)
+    out.print(
+        f"merged into {out_folder}; largest difference of a logit: {merged.worst:.2g}, where the largest logit is "
+        f"{merged.largest:.2g}: the rounding to 16 bits",
+        markup=False,
+    )
+    out.print(
+        f"load it without PEFT: transformers.{merged.loader}.from_pretrained({str(out_folder)!r})", markup=False
+    )
 
 
 @app.command(name="eval")
