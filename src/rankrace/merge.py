@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
 from rankrace.result import Result
 from rankrace.training.checkpoint import written_whole
@@ -55,6 +56,7 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> Merged:
     classes = described["task_type"] == "SEQ_CLS"
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     extra = labels(adapter, described["modules_to_save"] or []) if classes else {}
+    reach_hub(name)
     base = readable(name, lambda: auto.from_pretrained(name, dtype=torch.float32, **extra))
     tokenizer = load_tokenizer(str(adapter))
     ids = tokenizer("Merging must change nothing but the number of files.", return_tensors="pt")["input_ids"]

@@ -20,6 +20,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data, encode_splits, make_encoder, read_splits
 from rankrace.data.checks import checked_data
 from rankrace.data.encoded import Task
+from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
 from rankrace.interrupt import Interrupted, Interrupts
 from rankrace.output import MAY_DIFFER, OutputFolder, writing
@@ -134,6 +135,7 @@ def load(config: RunConfig, progress: Progress) -> tuple[Data, PreTrainedModel, 
     device = chosen_device(config.device)
     dtype = chosen_dtype(config.dtype, device)
     check_quantize(config.quantize, device, dtype)
+    reach_hub(config.model)
     progress.phase("reading the data")
     task = task_of(config)
     read = read_splits(config)

@@ -15,6 +15,7 @@ from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Task as Kind
 from rankrace.data.files import Rows
+from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
 from rankrace.evaluate.predict import predict
 from rankrace.merge import attached, description, labels
@@ -154,6 +155,7 @@ def with_adapter(adapter: Path, model: str | None, device: str) -> tuple[PeftMod
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     extra = labels(adapter, described["modules_to_save"] or []) if classes else {}
     dtype = chosen_dtype("auto", where)
+    reach_hub(name)
     base = readable(name, lambda: auto.from_pretrained(name, dtype=dtype, **extra))
     return attached(base, adapter, name).to(where), "classification" if classes else "causal"
 
