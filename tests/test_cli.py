@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 import yaml
 from transformers import (
     AutoModelForCausalLM,
@@ -27,11 +28,12 @@ from transformers import (
 from commandline import Ran, assert_refused, rankrace
 from rankrace import __version__
 from rankrace.config import RunConfig
+from rankrace.output import OutputFolder
 from rankrace.result import Result
 from tinyfolder import PARITIES, SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 
 COMMANDS = ("train", "search", "preview", "plan", "merge")
-FILES = ["adapter", "checkpoints", "config.yaml", "report.html", "result.json"]
+FILES = ["adapter", "config.yaml", "report.html", "result.json"]
 HALF_A_BIT = 2.0**-8
 """What rounding to bfloat16, which keeps 8 bits, changes at most: a share of each weight."""
 TOLERANCE = 8 * HALF_A_BIT
@@ -80,6 +82,11 @@ def classifying(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
     ran = rankrace("train", "--model", model, "--data", data, "--out", folder / "out", *SHORT)
     assert ran.code == 0, ran.err
     return Trained(model, data, folder / "out", ran)
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Of every file its time and bytes."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
 def loaded_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -134,8 +141,6 @@ def test_train_writes_these_files_and_no_others(causal: Trained, classifying: Tr
         }
         # The whole output, hidden files included, and what it stands beside: nothing else was written.
         assert not [path for path in trained.out.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
-        steps = [path.name for path in sorted((trained.out / "checkpoints").iterdir())]
-        assert steps == ["step-000007", "step-000008"]
 
 
 def test_train_says_what_it_found(causal: Trained, classifying: Trained) -> None:
@@ -193,8 +198,11 @@ def test_another_seed_gives_another_result(causal: Trained, tmp_path: Path) -> N
     assert Result.read(tmp_path / "out" / "result.json").loss.final != causal.result.loss.final
 
 
-def test_the_winner_of_a_grid_is_what_it_would_have_been_alone(causal: Trained, tmp_path: Path) -> None:
+def test_the_winner_of_a_grid_is_what_it_would_have_been_alone(
+    causal: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same factors in float64: being chosen among others changed nothing in its training."""
+    monkeypatch.setattr(OutputFolder, "drop_checkpoints", lambda self: None)
     options = ["--model", causal.model, "--data", causal.data, "--strategy", "grid", "--no-refine", "--max-steps", 8]
     options += ["--batch-size", 8, "--lr", "1e-2", "--dropout", "0.1", "--dtype", "float64"]
     ran = rankrace("train", *options, "--ranks", "2,4,8", "--out", tmp_path / "race")
@@ -241,21 +249,42 @@ def test_texts_longer_than_the_model_takes(classifying: Trained, tmp_path: Path)
 
 def test_an_edge_is_said_beside_the_rank(causal: Trained, tmp_path: Path) -> None:
     given = ["--model", causal.model, "--data", causal.data, *SHORT, "--strategy", "grid", "--no-refine"]
-    for command in ("train", "search"):
-        ran = rankrace(command, *given, "--ranks", 3, "--out", tmp_path / "out")
+    for command, out in (("train", ["--out", tmp_path / "out"]), ("search", [])):
+        ran = rankrace(command, *given, "--ranks", 3, *out)
         assert ran.code == 0, ran.err
         assert "but         Edge of the search: 3 is the smallest rank there was to choose." in ran.out
         assert "Not confident" not in ran.out, "the edge is why"
 
 
+def test_a_model_given_from_here_is_found_from_everywhere(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PEFT, from another working directory; the configuration keeps what was given, and resuming goes by that."""
+    tiny_llama(tmp_path / "model", smollm2)
+    write_rows(tmp_path / "sums.jsonl", SUMS)
+    monkeypatch.chdir(tmp_path)
+    given = ["train", "--model", "./model", "--data", "sums.jsonl", "--out", "out", *SHORT]
+    ran = rankrace(*given)
+    assert ran.code == 0, ran.err
+    assert yaml.safe_load(Path("out/config.yaml").read_text())["model"] == "./model"
+    again = rankrace(*given, "--resume")
+    assert (again.code, again.out) == (0, ran.out)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("../out/adapter")
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "model")
+    assert Result.read(Path("../out/result.json")).model == str(tmp_path / "model")
+    for page in ("adapter/README.md", "report.html"):
+        assert f"{tmp_path}/model" in Path("../out", page).read_text()
+
+
 def test_resuming_a_finished_run_says_so(causal: Trained) -> None:
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in causal.out.rglob("*") if path.is_file()}
+    before = contents(causal.out)
     ran = rankrace("train", "--config", causal.out / "config.yaml", "--out", causal.out, "--resume")
     assert ran.code == 0, ran.err
     assert ran.err == f"This run is finished: {causal.out / 'report.html'}\n"
     assert ran.out == causal.ran.out
-    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in causal.out.rglob("*") if path.is_file()}
-    assert after == before
+    assert contents(causal.out) == before
 
 
 def test_the_adapter_has_the_loss_that_is_reported(causal: Trained) -> None:
@@ -300,10 +329,16 @@ def lora_config(out: str) -> tuple[peft.LoraConfig, float]:
     return config, float(code.rpartition("# learning rate ")[2])
 
 
-def test_search_finds_what_train_finds_and_writes_nothing(causal: Trained, tmp_path: Path) -> None:
-    ran = rankrace("search", "--config", causal.out / "config.yaml", "--out", tmp_path / "out")
+def test_search_finds_what_train_finds_and_writes_nothing(
+    causal: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the configuration names a folder for the run."""
+    monkeypatch.chdir(tmp_path)
+    before = contents(causal.out)
+    ran = rankrace("search", "--config", causal.out / "config.yaml")
     assert ran.code == 0, ran.err
     assert list(tmp_path.iterdir()) == []
+    assert contents(causal.out) == before
     result = causal.result
     assert ran.out.splitlines()[:2] == causal.ran.out.splitlines()[:2]
     config, lr = lora_config(ran.out)
@@ -315,6 +350,14 @@ def test_search_finds_what_train_finds_and_writes_nothing(causal: Trained, tmp_p
     assert config.task_type == saved.task_type == "CAUSAL_LM"
     assert lr == pytest.approx(result.learning_rate, rel=1e-2)
     assert "step 8/8" not in ran.err, "trained on after the decision"
+
+
+@pytest.mark.parametrize("option", [["--out", "out"], ["--resume"], ["--save-every", 1], ["--track", "tensorboard"]])
+def test_search_refuses_what_it_would_ignore(option: list[object], causal: Trained, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    ran = rankrace("search", "--model", causal.model, "--data", causal.data, *SHORT, *option)
+    assert_refused(ran, f"has no use for {option[0]}", "leave it out", within=tmp_path)
 
 
 def test_the_code_that_search_prints_gives_the_adapter_that_train_trains(classifying: Trained) -> None:
@@ -391,11 +434,22 @@ def assert_merged(trained: Trained, merged: Path, auto: Any, texts: list[str]) -
 def test_merge(causal: Trained, tmp_path: Path) -> None:
     ran = rankrace("merge", causal.out / "adapter", "--out", tmp_path / "merged")
     assert (ran.code, ran.err) == (0, "")
-    assert re.fullmatch(rf"merged into {tmp_path}/merged; largest difference of a logit: [\d.e-]+\n", ran.out)
+    said, how = ran.out.splitlines()
+    found = re.fullmatch(rf"merged into {tmp_path}/merged; largest difference of a logit: ([\d.e-]+), where the "
+                         r"largest logit is ([\d.e-]+): the rounding to 16 bits", said)  # fmt: skip
+    assert found is not None, said
+    assert 0 < float(found[1]) < 0.05 * float(found[2])
+    loaded = eval(how.removeprefix("load it without PEFT: "), {"transformers": transformers})
+    assert isinstance(loaded, LlamaForCausalLM)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     assert_merged(
         causal, tmp_path / "merged", AutoModelForCausalLM, [row["prompt"] + row["completion"] for row in SUMS]
     )
+
+
+def test_merge_of_a_run_instead_of_its_adapter(causal: Trained, tmp_path: Path) -> None:
+    ran = rankrace("merge", causal.out, "--out", tmp_path / "merged")
+    assert_refused(ran, "is not an adapter", f"did you mean {causal.out / 'adapter'}?", within=tmp_path)
 
 
 def test_merge_adds_the_update_and_rounds_once(causal: Trained, tmp_path: Path) -> None:

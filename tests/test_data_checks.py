@@ -107,8 +107,8 @@ def test_a_label_outside_the_set(llama: PreTrainedTokenizerBase) -> None:
 
 def test_findings(llama: PreTrainedTokenizerBase) -> None:
     few_documents = encode([*rows(60, "x"), *rows(60, "y")], llama)
-    one_cut = encode([*rows(9), PromptCompletion("a" * 99, "b")], llama)
-    found = check_encoded(one_cut, few_documents, tokenizer=llama, task="causal")
+    cut = encode([*rows(54), *[PromptCompletion(f"{'a' * 99}{i}", "b") for i in range(6)]], llama)
+    found = check_encoded(cut, few_documents, tokenizer=llama, task="causal")
     assert [finding.what for finding in found] == [
         "10% of the training examples are cut.",
         "The validation examples come from 2 document(s): standard errors will be rough.",
@@ -117,6 +117,11 @@ def test_findings(llama: PreTrainedTokenizerBase) -> None:
     assert [str(finding) for finding in found] == [
         "Only 5 validation examples: the choice of the rank will be uncertain. "
         "Hold out more with --validation-fraction or --validation."
+    ]
+    found = check_encoded(encode(rows(1), llama), encode(rows(120), llama), tokenizer=llama, task="causal")
+    assert [str(finding) for finding in found] == [
+        "Only 1 training example: so few are sooner learnt by heart than learnt from. "
+        "Give more rows, hundreds if you can."
     ]
 
 

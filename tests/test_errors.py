@@ -6,6 +6,9 @@ import gzip
 import os
 import resource
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from transformers import LlamaForCausalLM
 
 from commandline import Ran, assert_refused, rankrace
 from rankrace import output, result, run
+from rankrace.data import hub
 from rankrace.result import Result
 from rankrace.training import checkpoint
 from tinyfolder import PARITIES, SHORT, SMALLEST_LAYER, SUMS, tiny_bert, tiny_llama, write_rows
@@ -38,7 +42,8 @@ class Kit:
 
     def run(self, command: str, out: Path, *options: object) -> Ran:
         """The command on the model and the rows that it needs; an option given again wins."""
-        return rankrace(command, "--model", self.llama, "--data", self.sums, "--out", out, *SHORT, *options)
+        folder = () if command == "search" else ("--out", out)  # which refuses it
+        return rankrace(command, "--model", self.llama, "--data", self.sums, *folder, *SHORT, *options)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +235,60 @@ def test_no_network(what: str, command: str, kit: Kit, tmp_path: Path) -> None:
     ran = kit.run(command, tmp_path / "out", what, "nobody-at-all/has-this")
     assert_refused(ran, "nobody-at-all/has-this", "network", within=tmp_path)
     assert "could be fetched from the hub" in ran.err or "could not be loaded from the hub" in ran.err
+
+
+def closed_port() -> int:
+    """One where nothing listens."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.parametrize("what", ["--model", "--data"])
+def test_a_hub_out_of_reach_is_asked_once(what: str, kit: Kit, tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{closed_port()}"
+    given = ["--model", kit.llama, "--data", kit.sums, what, "nobody-at-all/has-this"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "rankrace.cli", "preview", *map(str, given)],
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    first, *error = ran.stderr.splitlines()
+    assert first.startswith(f"{address} cannot be reached (")
+    assert first.endswith("): only what was fetched before can be used.")
+    assert [line.split(":")[0].strip() for line in error] == ["error", "why", "fix"], ran.stderr
+
+
+def test_a_hub_that_is_reached_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+                                     tmp_path: Path) -> None:  # fmt: skip
+    """The process is offline only while it has to be, and never asks for what lies here, or where it shall not."""
+    asked: list[str] = []
+
+    class Session:
+        there = False
+
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            if not self.there:
+                raise RuntimeError("no route")
+
+    session = Session()
+    monkeypatch.setattr(hub, "get_session", lambda: session)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    hub.reach_hub("some/model")
+    assert asked == []
+    monkeypatch.setattr(hub, "WANTED_OFFLINE", False)
+    hub.reach_hub(str(tmp_path))
+    assert asked == []
+    hub.reach_hub("some/model")
+    assert hub.constants.HF_HUB_OFFLINE is True
+    assert "cannot be reached (no route)" in caplog.text
+    session.there = True
+    hub.reach_hub("some/model")
+    assert len(asked) == 2
+    assert hub.constants.HF_HUB_OFFLINE is False
 
 
 @pytest.mark.parametrize("command", READ)
@@ -464,7 +523,7 @@ def same_result(out: Path, expected: Path) -> None:
     ours, theirs = Result.read(out / "result.json"), Result.read(expected / "result.json")
     assert (ours.rank, ours.loss, ours.curve) == (theirs.rank, theirs.loss, theirs.curve)
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["adapter", "checkpoints", "config.yaml", "report.html", "result.json"]
+    assert names == ["adapter", "config.yaml", "report.html", "result.json"]
     weights = "adapter/adapter_model.safetensors"
     assert (out / weights).read_bytes() == (expected / weights).read_bytes()
 

@@ -1,17 +1,23 @@
 """`rankrace eval` on an adapter that `rankrace train` wrote."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from commandline import assert_refused, rankrace
 from rankrace.data.files import Rows, read_file
+from rankrace.evaluate.command import compared
+from rankrace.tasks import TASKS
 from tinyfolder import PARITIES, SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 
 
@@ -37,6 +43,50 @@ def test_a_task_by_likelihood_and_generated(sums: Path, data_root: Path, monkeyp
     assert float(written.out.split()[1]) < accuracy, "it has never seen the words of this task"
 
 
+def test_the_base_beside_it_and_how_sure_each_is(sums: Path, data_root: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("RANKRACE_DATA", str(data_root))
+    given = ["--task", "sst2", "--limit", 40, "--device", "cpu"]
+    ran = rankrace("eval", sums, *given, "--base")
+    assert ran.code == 0, ran.err
+    number = r"([-+]?[\d.]+) ± ([\d.]+)"
+    said = re.fullmatch(rf"accuracy +{number}, base {number}, difference {number}\nrows +40\n", ran.out)
+    assert said is not None, ran.out
+    ours, se, base, base_se, gain, gain_se = map(float, said.groups())
+    assert rankrace("eval", sums, *given).out == f"accuracy    {ours:.2f} ± {se:.2f}\nrows        40\n"
+    # An adapter that does nothing is the base.
+    nothing = shutil.copytree(sums, tmp_path / "nothing")
+    factors = load_file(nothing / "adapter_model.safetensors")
+    save_file({n: t * ("lora_A" in n) for n, t in factors.items()}, nothing / "adapter_model.safetensors")
+    assert rankrace("eval", nothing, *given).out.split()[1:4] == [f"{base:.2f}", "±", f"{base_se:.2f}"]
+    assert gain == pytest.approx(ours - base, abs=0.011) != 0
+    for value, error in ((ours, se), (base, base_se)):
+        assert error == pytest.approx((value * (100 - value) / 39) ** 0.5, abs=0.01)
+    assert 0 < gain_se < (se**2 + base_se**2) ** 0.5 + 10
+
+
+def test_errors_are_clustered_by_document_and_paired_by_row() -> None:
+    """Answers to three questions each about four texts: right on all of a text or on none."""
+    rows: Rows = [{"answers": ["yes"], "document": f"text {i // 3}"} for i in range(12)]
+    right, wrong = ["yes"] * 3, ["no"] * 3
+    found = compared(TASKS["squad2"], rows, [*right, *right, *wrong, *wrong], [*right, *wrong, *wrong, *wrong])["f1"]
+    assert found.base is not None
+    assert found.gain is not None
+    assert [f.value for f in (found.adapter, found.base, found.gain)] == [50, 25, 25]
+    of_four = [np.std(values, ddof=1) / 2 for values in ([100, 100, 0, 0], [100, 0, 0, 0], [0, 100, 0, 0])]
+    assert [f.se for f in (found.adapter, found.base, found.gain)] == pytest.approx(of_four)
+    apart: Rows = [{"answers": row["answers"]} for row in rows]
+    alone = compared(TASKS["squad2"], apart, [*right, *right, *wrong, *wrong], None)["f1"]
+    assert alone.base is alone.gain is None
+    assert alone.adapter.se == pytest.approx(np.std([100, 0] * 6, ddof=1) / 12**0.5)
+    one: Rows = [{**row, "document": "text"} for row in rows]
+    assert compared(TASKS["squad2"], one, [*right] * 4, None)["f1"].adapter.se is None
+    matthews = compared(TASKS["cola"], apart, [*right, *right, *wrong, *wrong], [*right] * 4)["matthews"]
+    assert matthews.adapter.se is None
+    assert matthews.gain is not None
+    assert matthews.gain.se is None
+
+
 def test_a_classifier_finds_its_labels(tmp_path: Path, minilm: Path, data_root: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("RANKRACE_DATA", str(data_root))
@@ -47,6 +97,8 @@ def test_a_classifier_finds_its_labels(tmp_path: Path, minilm: Path, data_root: 
     assert ran.code == 0, ran.err
     ran = rankrace("eval", out / "adapter", "--task", "mrpc", "--limit", 20, "--device", "cpu")
     assert ran.code == 0, ran.err
+    refused = rankrace("eval", out / "adapter", "--task", "mrpc", "--device", "cpu", "--base")
+    assert_refused(refused, "is a classifier", "leave out --base")
     expected = accuracy_by_peft(out / "adapter", read_file(data_root / "glue" / "MRPC" / "dev.tsv")[:20])
     assert float(ran.out.split("accuracy")[1].split()[0]) == pytest.approx(expected)
 
@@ -118,6 +170,9 @@ def test_bad_input(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert_refused(rankrace("eval", sums, "--task", "rte", "--part", "train"), "validation")
     assert_refused(rankrace("eval", sums, "--task", "rte", "--evaluator", "lm"), "lm-eval")
     assert_refused(rankrace("eval", sums, "--task", "rte", "--limit", 0), "limit")
+    assert_refused(
+        rankrace("eval", sums, "--task", "rte", "--evaluator", "lm-eval", "--base"), "--base has no effect"
+    )
     empty = tmp_path / "gsm8k"
     empty.mkdir()
     row = json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"

@@ -76,7 +76,8 @@ def errors(result: Result) -> list[float | None]:
 def test_few_held_out_examples(count: int, strategy: str, runs: Runs) -> None:
     ran, found = runs(OTHERS[:count], "--strategy", strategy)
     assert found.data.validation_examples == count
-    assert f"Only {count} validation examples: the choice of the rank will be uncertain." in ran.err
+    examples = "1 validation example" if count == 1 else f"{count} validation examples"
+    assert f"Only {examples}: the choice of the rank will be uncertain." in ran.err
     assert "nan" not in ran.out.lower()
     if count == 1:
         assert set(errors(found)) <= {None}, "of one example the spread is unknown"
@@ -90,6 +91,17 @@ def test_few_held_out_examples(count: int, strategy: str, runs: Runs) -> None:
     optimistic = any("too small to halve" in note for note in found.notes)
     assert optimistic == (count < 20), "whether the final figure is one of examples that chose"
     assert ("but         " in ran.out) or found.decision.confident
+
+
+# --- few rows to learn from
+
+
+def test_few_training_rows_are_said_in_terminal_record_and_report(runs: Runs) -> None:
+    said = "Only 3 training examples: so few are sooner learnt by heart than learnt from."
+    ran, found = runs(OTHERS[:64], train=SUMS[:3])
+    assert f"Note: {said}" in ran.err
+    assert any(note.startswith(said) for note in found.notes)
+    assert said in next(runs.folder.glob("out-*/report.html")).read_text()
 
 
 # --- examples that are not independent

@@ -8,6 +8,7 @@ Shapes: K candidates, T tokens, R rank, D widths.
 
 import json
 import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -450,3 +451,19 @@ def test_a_device_that_the_package_does_not_know(bitsandbytes: Any, monkeypatch:
     monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
     with pytest.raises(RankraceError, match="cannot pack weights on cpu: no library was found"):
         check_quantize("nf4", CPU, torch.float32)
+
+
+SAYS = """
+import logging, {module}
+from_there = logging.getLogger("bitsandbytes.backends.cpu.ops").warning
+from_there("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
+from_there("something is wrong")
+import peft
+"""
+
+
+@pytest.mark.parametrize("module", ["rankrace", "benchmarks"])
+def test_what_the_package_says_of_itself_when_peft_imports_it(module: str) -> None:
+    """Nothing of a kernel that is not used here, with or without the command line; all else."""
+    ran = subprocess.run([sys.executable, "-c", SAYS.format(module=module)], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "something is wrong\n")

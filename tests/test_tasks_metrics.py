@@ -244,3 +244,22 @@ def test_find_task() -> None:
     assert find_task("STS-B") is TASKS["stsb"]
     with pytest.raises(RankraceError, match="no task 'sqad'; the nearest is 'squad2'"):
         find_task("sqad")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_metrics_are_means_over_rows_but_those_of_the_set(name: str) -> None:
+    """For answers of which one in three is wrong."""
+    task = TASKS[name]
+    known = {"medqa": "AB", "gsm8k": "12", "stsb": "14", "scitldr": ("one two", "three")}
+    answers = [known.get(name, ("yes", "no"))[i % 2] for i in range(9)]
+    given = rows(*answers)
+    predictions = [answers[i + 1] if i % 3 == 1 else answer for i, answer in enumerate(answers)]
+    predictions = [f"#### {p}" if name == "gsm8k" else p for p in predictions]
+    whole, single = task.score(predictions, given), task.row_scores(predictions, given)
+    assert set(single) == set(task.metrics) - set(task.of_the_set)
+    for metric, value in whole.items():
+        mean = statistics.mean(task.score([p], [row])[metric] for p, row in zip(predictions, given, strict=True))
+        assert (metric in task.of_the_set) == (abs(mean - value) > 1)
+        if metric in single:
+            assert statistics.mean(single[metric]) == pytest.approx(value)
+            assert 0 < value < 100

@@ -1,6 +1,7 @@
 """rankrace: LoRA fine-tuning in which nobody has to guess the rank."""
 
 from importlib import import_module
+from logging import LogRecord, getLogger
 from typing import TYPE_CHECKING, Any
 
 from rankrace._version import __version__
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
     from rankrace.run import train
 
 __all__ = ["RankraceError", "__version__", "Result", "RunConfig", "Selection", "search", "train"]
+
+
+def _of_use(record: LogRecord) -> bool:
+    return "Failed to load CPU gemm_4bit_forward" not in record.getMessage()
+
+
+# PEFT imports bitsandbytes wherever it is installed, and that warns of a CPU kernel that nothing here uses: weights
+# in NF4 are unpacked whole. What it says where it cannot work at all stays.
+getLogger("bitsandbytes.backends.cpu.ops").addFilter(_of_use)
 
 _HOMES = {
     "RankraceError": "errors",

@@ -14,6 +14,7 @@ from rankrace.config import RunConfig
 from rankrace.data import encode_splits, make_encoder, read_splits, split_rows
 from rankrace.data.checks import checked_data, preview_text
 from rankrace.data.encoded import Task
+from rankrace.data.hub import reach_hub
 from rankrace.data.sources import SourceRows
 from rankrace.errors import RankraceError
 from rankrace.options import checked
@@ -194,6 +195,7 @@ def preview_config(config: RunConfig, rows: int = 3) -> tuple[Text, list[str]]:
     Raises:
         RankraceError: a fault that would spoil the training.
     """
+    reach_hub(config.model)
     tokenizer = load_tokenizer(config.model)
     task = task_of(config)
     read = read_splits(config)

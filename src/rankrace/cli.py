@@ -5,14 +5,13 @@ What a command finds goes to stdout, so that it can be piped; everything else go
 
 import inspect
 import io
-import logging
 import sys
 import textwrap
 import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -23,6 +22,9 @@ from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.options import checked
 
+if TYPE_CHECKING:
+    from rankrace.evaluate.command import Figure
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +34,8 @@ out = Console(highlight=False, soft_wrap=True)
 
 YAML_ONLY = {"rank_lr"}
 OF_A_RUN = {"out", "resume", "save_every", "track"}
-"""Options of `train` alone; the others take them, for one set of options serves all, and do not show them."""
+"""Options of `train` alone; the others do not show them. `preview` and `plan` take them, so that they stand before
+a run with its very options; from `search`, which trains, too, one would expect something of them."""
 PANELS = {
     "model": "What to train on what",
     "strategy": "Which rank",
@@ -91,9 +94,6 @@ def main() -> None:
 
 def quieten() -> None:
     """Keeps what libraries say about themselves off the terminal, but for the progress of downloads."""
-    # Where it is installed PEFT imports it, and it warns of a CPU kernel that nobody asked for.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as of_transformers
 
@@ -138,6 +138,8 @@ def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:
     def wrapper(**given: Any) -> None:
         config_file = given.pop("config")
         config = merged(config_file, given)
+        if command.__name__ == "search":
+            refuse_of_a_run(given)
         quieten()
         command(config)
 
@@ -172,6 +174,18 @@ def with_options(command: Callable[[RunConfig], None]) -> Callable[..., None]:
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     return wrapper
+
+
+def refuse_of_a_run(given: dict[str, Any]) -> None:
+    """Raises RankraceError for an option that a search has no use for; in a file, which may be that of a run, it may
+    stand."""
+    idle = sorted(name for name in OF_A_RUN if given.get(name) is not None)
+    if idle:
+        raise RankraceError(
+            f"`rankrace search` has no use for --{idle[0].replace('_', '-')}",
+            why="it prints its choice, and neither writes a file nor keeps anything to go on from",
+            fix="leave it out, or redirect the output: rankrace search … > choice.txt; `rankrace train` writes a run",
+        )
 
 
 def shown_type(annotation: Any) -> str:
@@ -307,15 +321,25 @@ def plan(config: RunConfig) -> None:
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="OUT/adapter of a finished run.")],
-    out_folder: Annotated[Path, typer.Option("--out", help="Where the merged model goes.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Where the merged model goes: a new or an empty folder.")],
     model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
 ) -> None:
     """Merge an adapter into its 16-bit base model and verify the logits."""
     quieten()
     from rankrace.merge import merge as run
+    from rankrace.progress import Progress
 
-    worst = run(adapter, out_folder, model)
-    out.print(f"merged into {out_folder}; largest difference of a logit: {worst:.2g}", markup=False)
+    with Progress() as progress:
+        progress.phase("merging, and comparing the logits")
+        merged = run(adapter, out_folder, model)
+    out.print(
+        f"merged into {out_folder}; largest difference of a logit: {merged.worst:.2g}, where the largest logit is "
+        f"{merged.largest:.2g}: the rounding to 16 bits",
+        markup=False,
+    )
+    out.print(
+        f"load it without PEFT: transformers.{merged.loader}.from_pretrained({str(out_folder)!r})", markup=False
+    )
 
 
 @app.command(name="eval")
@@ -326,11 +350,12 @@ def evaluate(
     part: Annotated[str, typer.Option(help="test or validation.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many rows.")] = None,
     generated: Annotated[bool, typer.Option(help="Let the model write answers that it could choose.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Its base beside it, and the difference.")] = False,
     evaluator: Annotated[str, typer.Option(help="rankrace or lm-eval.")] = "rankrace",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Draws the validation part, where the task has none.")] = 0,
 ) -> None:
-    """Measure an adapter on a task."""
+    """Measure an adapter on a task: each metric ± its standard error over the rows, clustered by document."""
     quieten()
     from rankrace.evaluate.command import evaluate as run
     from rankrace.evaluate.command import one_of
@@ -340,13 +365,31 @@ def evaluate(
     if evaluator == "lm-eval":
         from rankrace.evaluate.lm_eval import evaluate_with_lm_eval
 
-        scores = evaluate_with_lm_eval(adapter, task, model=model, limit=limit, device=device)
-    else:
-        scores = run(
-            adapter, task, model=model, part=part, limit=limit, generated=generated, device=device, seed=seed
-        )
-    for name, value in scores.items():
-        say(name, f"{value:.2f}" if isinstance(value, float) else str(value))
+        if base:
+            raise RankraceError(
+                "--base has no effect with --evaluator lm-eval",
+                why="a difference is paired row by row, and lm-eval gives no more than its means",
+                fix="leave it out, or use --evaluator rankrace",
+            )
+        for name, value in evaluate_with_lm_eval(adapter, task, model=model, limit=limit, device=device).items():
+            say(name, f"{value:.2f}")
+        return
+    found = run(
+        adapter, task, model=model, part=part, limit=limit, generated=generated, with_base=base, device=device,
+        seed=seed,
+    )  # fmt: skip
+    for name, metric in found.metrics.items():
+        line = figure(metric.adapter)
+        if metric.base is not None and metric.gain is not None:
+            line += f", base {figure(metric.base)}, difference {figure(metric.gain, '+')}"
+        say(name, line)
+    say("rows", str(found.rows))
+
+
+def figure(measured: "Figure", sign: str = "") -> str:
+    """71.43 ± 2.10"""
+    error = "" if measured.se is None else f" ± {measured.se:.2f}"
+    return f"{measured.value:{sign}.2f}{error}"
 
 
 bench = typer.Typer(help="Experiments: methods × tasks × seeds.")

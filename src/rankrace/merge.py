@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
 from rankrace.result import Result
 from rankrace.training.checkpoint import written_whole
@@ -21,14 +23,23 @@ NEEDED = {"base_model_name_or_path", "task_type", "modules_to_save"}
 """What merging reads of an adapter's configuration."""
 
 
-def merge(adapter: Path, out: Path, model: str | None = None) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What was found of the merged model as it is on disk."""
+
+    worst: float
+    """The largest difference of a logit from that of base and adapter."""
+    largest: float
+    """Of their logits, without its sign."""
+    loader: str
+    """The class of Transformers that loads it."""
+
+
+def merge(adapter: Path, out: Path, model: str | None = None) -> Merged:
     """Writes the base with the adapter's update added to its weights, in bfloat16, and the tokenizer.
 
     The sum is taken in float32 and rounded once. The logits of the merged model, as read back from the disk,
     are compared with those of base and adapter on a text.
-
-    Returns:
-        The largest difference of a logit.
 
     Raises:
         RankraceError: no adapter there, it was trained on another base, the output exists, or the logits differ by
@@ -45,6 +56,7 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> float:
     classes = described["task_type"] == "SEQ_CLS"
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     extra = labels(adapter, described["modules_to_save"] or []) if classes else {}
+    reach_hub(name)
     base = readable(name, lambda: auto.from_pretrained(name, dtype=torch.float32, **extra))
     tokenizer = load_tokenizer(str(adapter))
     ids = tokenizer("Merging must change nothing but the number of files.", return_tensors="pt")["input_ids"]
@@ -57,14 +69,14 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> float:
         tokenizer.save_pretrained(partial)
         with torch.no_grad():
             again = auto.from_pretrained(partial, dtype=torch.float32).eval()(input_ids=ids).logits
-        worst = (again - expected).abs().max().item()
-        if not worst <= TOLERANCE * expected.abs().max().item():
+        worst, largest = (again - expected).abs().max().item(), expected.abs().max().item()
+        if not worst <= TOLERANCE * largest:
             raise RankraceError(
-                f"the merged model's logits differ by {worst:.3g}",
+                f"the merged model's logits differ by {worst:.3g}, where the largest is {largest:.3g}",
                 why="more than rounding to 16 bits explains: the merged model is not the trained one",
                 fix="serve base and adapter unmerged, and please report this",
             )
-    return worst
+    return Merged(worst=worst, largest=largest, loader=auto.__name__)
 
 
 def description(adapter: Path) -> dict[str, Any]:
@@ -80,10 +92,11 @@ def description(adapter: Path) -> dict[str, Any]:
                 raise ValueError(f"adapter_config.json does not have all of {', '.join(sorted(NEEDED))}")
             return described
     except (OSError, ValueError, SafetensorError) as error:
+        below = adapter / "adapter"  # OUT of a run instead of what is in it
         raise RankraceError(
             f"{adapter} is not an adapter: {error}",
             why="a folder with adapter_config.json and adapter_model.safetensors is needed",
-            fix="give OUT/adapter of a finished run",
+            fix=f"did you mean {below}?" if os.path.exists(below) else "give OUT/adapter of a finished run",
         ) from error
 
 

@@ -193,7 +193,7 @@ class Result(_Record):
     # BaseModel has an old method named `schema`, hence the alias.
     schema_name: Literal["rankrace/result/1"] = Field(default=SCHEMA, alias="schema")
     model: str
-    """The base model's name or folder."""
+    """The base model's name on the hub, or the whole path of its folder."""
     task: Literal["causal", "classification"]
     strategy: str
     rank: PositiveInt

@@ -3,6 +3,7 @@
 rankrace.train(RunConfig(model="HuggingFaceTB/SmolLM2-135M", data="squad_v2", out="runs/squad"))
 """
 
+import os
 import platform
 import shlex
 import time
@@ -19,6 +20,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data, encode_splits, make_encoder, read_splits
 from rankrace.data.checks import checked_data
 from rankrace.data.encoded import Task
+from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
 from rankrace.interrupt import Interrupted, Interrupts
 from rankrace.output import MAY_DIFFER, OutputFolder, writing
@@ -81,6 +83,7 @@ def train(config: RunConfig) -> Result:
         config = continued(started, config)
     with Progress() as progress:
         if finished is not None:
+            folder.drop_checkpoints()  # which were left if it was killed just before
             progress.say(f"This run is finished: {folder.report}")
             return finished
         session, tokenizer, clock = open_session(config, progress)
@@ -132,18 +135,25 @@ def load(config: RunConfig, progress: Progress) -> tuple[Data, PreTrainedModel, 
     device = chosen_device(config.device)
     dtype = chosen_dtype(config.dtype, device)
     check_quantize(config.quantize, device, dtype)
+    reach_hub(config.model)
     progress.phase("reading the data")
     task = task_of(config)
     read = read_splits(config)
     tokenizer = load_tokenizer(config.model)
     data = encode_splits(read, make_encoder(config, tokenizer, task, read))
     progress.phase("loading the model")
+    name = anywhere(config.model)
     model = load_model(
-        config.model, task, data.labels, device=device, dtype=dtype, seed=config.seed, quantize_to=config.quantize
+        name, task, data.labels, device=device, dtype=dtype, seed=config.seed, quantize_to=config.quantize
     )
     data = checked_data(data, tokenizer, task, vocabulary_size(model))
     progress.note(data.notes)
     return data, model, tokenizer, task
+
+
+def anywhere(model: str) -> str:
+    """A name under which the model is found from every working directory: adapter, record and report keep it."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 def task_of(config: RunConfig) -> Task:
@@ -252,7 +262,8 @@ def finish(
     progress: Progress,
     interrupts: Interrupts,
 ) -> Result:
-    """Measures the finished adapter on fresh examples and writes everything; result.json comes last.
+    """Measures the finished adapter on fresh examples and writes everything; result.json comes last, and then the
+    checkpoints go.
 
     Raises:
         Interrupted: Ctrl-C, before the last file; what is written already is written again.
@@ -274,6 +285,7 @@ def finish(
     with writing(folder.root):
         write_report(result, settings, folder.report)
         result.write(folder.result)
+    folder.drop_checkpoints()
     return result
 
 
@@ -289,7 +301,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
     assert isinstance(peft_config.target_modules, set | list)
     entries = search.state.entries
     return Result(
-        model=config.model,
+        model=anywhere(config.model),
         task="classification" if trainer.model.task == "classification" else "causal",
         strategy=search.strategy.name,
         rank=rank,

@@ -14,6 +14,7 @@ from torch import Tensor
 from rankrace.bench.experiment import Experiment, Job, config_of, training_of
 from rankrace.bench.record import Record, begun, failed, hardware, write_record
 from rankrace.bench.rows import commonest, documents, read, test_rows
+from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
 from rankrace.evaluate.predict import predict, row_scores
 from rankrace.interrupt import Interrupts
@@ -79,6 +80,7 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
     task, method = find_task(job.task), find_method(job.method)
     config = config_of(experiment, job, folder, str(where))
     began = time.perf_counter()
+    reach_hub(config.model)
     kind = "classification" if is_encoder(config.model) else "causal"
     method.check(where, kind)
     given = read(config, kind)

@@ -13,6 +13,8 @@ from rankrace.data import Data
 from rankrace.data.encoded import Encoded, EncodedSet, Task
 from rankrace.errors import RankraceError
 
+FEW_TRAINING = 50
+"""Fewer rows than these are sooner learnt by heart than learnt from."""
 FEW_VALIDATION = 100
 MANY_TRUNCATED = 0.05
 SUPERVISED = "bold green"
@@ -126,14 +128,22 @@ def _findings(train: EncodedSet, validation: EncodedSet) -> list[Finding]:
     share = train.truncated / (len(train) + train.dropped)
     if share > MANY_TRUNCATED:
         findings.append(Finding(f"{share:.0%} of the training examples are cut.", "Consider a larger --max-length."))
+    if len(train) < FEW_TRAINING:
+        what = f"Only {counted(len(train), 'training example')}: so few are sooner learnt by heart than learnt from."
+        findings.append(Finding(what, "Give more rows, hundreds if you can."))
     if len(validation) < FEW_VALIDATION:
-        what = f"Only {len(validation)} validation examples: the choice of the rank will be uncertain."
+        examples = counted(len(validation), "validation example")
+        what = f"Only {examples}: the choice of the rank will be uncertain."
         findings.append(Finding(what, "Hold out more with --validation-fraction or --validation."))
     documents = len({example.group for example in validation.examples})
     if documents < min(10, len(validation)):
         what = f"The validation examples come from {documents} document(s): standard errors will be rough."
         findings.append(Finding(what, "Hold out more with --validation-fraction."))
     return findings
+
+
+def counted(n: int, thing: str) -> str:
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
 def preview_text(examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, n: int = 3) -> Text:

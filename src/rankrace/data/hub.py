@@ -1,12 +1,39 @@
-"""Data sets of the Hugging Face hub: the one place that asks it for rows."""
+"""The Hugging Face hub: whether it can be reached, and the one place that asks it for rows."""
 
+import os
+from logging import getLogger
 from typing import TYPE_CHECKING
+
+from huggingface_hub import constants, get_session
 
 from rankrace.data.files import Rows
 from rankrace.errors import RankraceError
 
 if TYPE_CHECKING:
     import datasets
+
+
+WANTED_OFFLINE = constants.HF_HUB_OFFLINE
+"""By the environment: HF_HUB_OFFLINE=1."""
+
+
+def reach_hub(name: str) -> None:
+    """Before a model or data set is loaded under this name: unless it is one here, asks whether there is a hub.
+
+    Where there is none the process keeps to what was fetched before, until it is asked again, and that is said.
+    Otherwise the hub's client would ask six times for each file, over half a minute.
+    """
+    if os.path.exists(name) or WANTED_OFFLINE:
+        return
+    constants.HF_HUB_OFFLINE = False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # those of the hub's own client, whose package differs from version to version
+        constants.HF_HUB_OFFLINE = True
+        said = str(error).strip() or type(error).__name__
+        getLogger(__name__).warning(
+            "%s cannot be reached (%s): only what was fetched before can be used.", constants.ENDPOINT, said
+        )
 
 
 def load_hub(
@@ -37,6 +64,7 @@ def load_hub(
             why="it is an optional part of rankrace.",
             fix=f"pip install 'rankrace[hub]', or {instead}.",
         ) from error
+    reach_hub(name)
     # trust_remote_code does not exist any more: a hub data set is data, and no code of it is run.
     try:
         found = datasets.load_dataset(name, subset, split=split, revision=revision)

@@ -1,27 +1,58 @@
 """`rankrace eval`: one adapter on one task."""
 
-import os
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rankrace.bench.rows import data_root, documents
 from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Task as Kind
+from rankrace.data.files import Rows
+from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
 from rankrace.evaluate.predict import predict
 from rankrace.merge import attached, description, labels
 from rankrace.methods.parameters import Parameters
+from rankrace.select.statistics import paired_difference
 from rankrace.session import chosen_device, chosen_dtype, recipe_of
-from rankrace.tasks import find_task
+from rankrace.tasks import Task, find_task
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel, load_tokenizer, readable
 
 MICRO_TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A metric times 100, or a difference of two."""
+
+    value: float
+    se: float | None
+    """Standard error over the rows, clustered by document; None for a metric of the whole set, or of one document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One metric."""
+
+    adapter: Figure
+    base: Figure | None
+    """Of the model without the adapter, where that was asked for."""
+    gain: Figure | None
+    """The adapter's less the base's, paired row by row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    metrics: dict[str, Compared]
+    rows: int
 
 
 def evaluate(
@@ -32,26 +63,34 @@ def evaluate(
     part: str = "test",
     limit: int | None = None,
     generated: bool = False,
+    with_base: bool = False,
     device: str = "auto",
     seed: int = 0,
-) -> dict[str, Any]:
-    """The task's metrics of base and adapter, and on how many rows.
+) -> Evaluation:
+    """The task's metrics, and on how many rows.
 
     Args:
         model: the base, if it has moved.
         part: test or validation.
         limit: at most this many rows, the first ones.
         generated: let the model write the answer, also where it could choose.
+        with_base: those of the base beside them.
         seed: draws the validation part of a task that has none of its own.
 
     Raises:
-        RankraceError: no adapter there, it does not fit, an unknown task, or no rows.
+        RankraceError: no adapter there, it does not fit, an unknown task, no rows, or no base to compare with.
     """
     chosen = find_task(task)
-    base, kind = with_adapter(adapter, model, device)
+    peft_model, kind = with_adapter(adapter, model, device)
+    if with_base and kind == "classification":
+        raise RankraceError(
+            f"{adapter} is a classifier: there is no base to compare it with",
+            why="the classifier came with the adapter; the base has one drawn at random, or none",
+            fix="leave out --base",
+        )
+    base = inner(peft_model)
     tokenizer = load_tokenizer(str(adapter))
-    root = os.environ.get("RANKRACE_DATA")
-    splits = chosen.splits(Path(root) if root else None, seed)
+    splits = chosen.splits(data_root(), seed)
     rows = (splits.test if part == "test" else splits.validation)[:limit]
     config = RunConfig(model="model", data="data", seed=seed)
     names: dict[int, str] | None = base.config.id2label if kind == "classification" else None  # pyright: ignore[reportAssignmentType]
@@ -64,11 +103,48 @@ def evaluate(
     packed = PackedModel(base, Parameters(base, {}), kind)
     trainer = Trainer(packed, [], recipe_of(config, MICRO_TOKENS))
     predictions = predict(trainer, encoder, tokenizer, chosen, rows, generated=generated)
-    return {**chosen.score(predictions, rows), "rows": len(rows)}
+    without = None
+    if with_base:
+        with peft_model.disable_adapter():
+            without = predict(trainer, encoder, tokenizer, chosen, rows, generated=generated)
+    return Evaluation(metrics=compared(chosen, rows, predictions, without), rows=len(rows))
 
 
-def with_adapter(adapter: Path, model: str | None, device: str) -> tuple[PreTrainedModel, Kind]:
-    """The base with the adapter's layers in it, and what it is for.
+def compared(
+    task: Task, rows: Rows, predictions: Sequence[str], without: Sequence[str] | None
+) -> dict[str, Compared]:
+    """By metric.
+
+    Args:
+        without: the predictions of the base, if there are any.
+    """
+    ours, ours_by_row = task.score(predictions, rows), task.row_scores(predictions, rows)
+    cluster_N = np.array(documents(rows) or range(len(rows)))
+    nothing_N = np.zeros(len(rows))
+
+    def figure(value: float, metric: str, a: dict[str, list[float]], b: dict[str, list[float]] | None) -> Figure:
+        if metric not in a:
+            return Figure(value=value, se=None)
+        b_N = nothing_N if b is None else np.array(b[metric])
+        _, se = paired_difference(np.array(a[metric]), b_N, np.ones(len(rows)), cluster_N)
+        return Figure(value=value, se=None if math.isnan(se) else se)
+
+    own = {m: figure(value, m, ours_by_row, None) for m, value in ours.items()}
+    if without is None:
+        return {m: Compared(adapter=own[m], base=None, gain=None) for m in own}
+    theirs, theirs_by_row = task.score(without, rows), task.row_scores(without, rows)
+    return {
+        m: Compared(
+            adapter=own[m],
+            base=figure(theirs[m], m, theirs_by_row, None),
+            gain=figure(ours[m] - theirs[m], m, ours_by_row, theirs_by_row),
+        )
+        for m in own
+    }
+
+
+def with_adapter(adapter: Path, model: str | None, device: str) -> tuple[PeftModel, Kind]:
+    """The base with the adapter on it, and what it is for.
 
     Raises:
         RankraceError: no adapter there, no such base, or one that does not fit.
@@ -79,11 +155,16 @@ def with_adapter(adapter: Path, model: str | None, device: str) -> tuple[PreTrai
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     extra = labels(adapter, described["modules_to_save"] or []) if classes else {}
     dtype = chosen_dtype("auto", where)
+    reach_hub(name)
     base = readable(name, lambda: auto.from_pretrained(name, dtype=dtype, **extra))
-    peft_model: PeftModel = attached(base, adapter, name).to(where)
-    inner = peft_model.get_base_model()
-    assert isinstance(inner, PreTrainedModel)
-    return inner, "classification" if classes else "causal"
+    return attached(base, adapter, name).to(where), "classification" if classes else "causal"
+
+
+def inner(peft_model: PeftModel) -> PreTrainedModel:
+    """The base with the adapter's layers in it."""
+    found = peft_model.get_base_model()
+    assert isinstance(found, PreTrainedModel)
+    return found
 
 
 def one_of(option: str, value: str, known: Sequence[str]) -> None:

@@ -42,6 +42,9 @@ class Task:
     kind: Kind
     metrics: tuple[str, ...]
     """What `score` gives; the first is the one that is reported where there is room for one."""
+    of_the_set: tuple[str, ...] = ()
+    """Those of them that only a whole set of rows has, such as F1 of a class or a correlation; the others are means
+    over rows."""
     max_new_tokens: int
     """Room for a generated answer, also of a task whose kind is options or label: these can be written too."""
     read: Callable[[Path | None, int], Splits]
@@ -65,6 +68,11 @@ class Task:
                 why="prompts are built from known columns.",
                 fix="compare the files with the official ones.",
             ) from error
+
+    def row_scores(self, predictions: Sequence[str], rows: Rows) -> dict[str, list[float]]:
+        """Of each metric that is a mean over rows, the score of each row, times 100. Arguments as for `score`."""
+        single = [self.score([p], [row]) for p, row in zip(predictions, rows, strict=True)]
+        return {m: [scores[m] for scores in single] for m in self.metrics if m not in self.of_the_set}
 
     def score(self, predictions: Sequence[str], rows: Rows) -> dict[str, float]:
         """The task's metrics, each times 100.
