@@ -28,12 +28,11 @@ from transformers import (
 from commandline import Ran, assert_refused, rankrace
 from rankrace import __version__
 from rankrace.config import RunConfig
-from rankrace.output import OutputFolder
 from rankrace.result import Result
 from tinyfolder import PARITIES, SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 
 COMMANDS = ("train", "search", "preview", "plan", "merge")
-FILES = ["adapter", "config.yaml", "report.html", "result.json"]
+FILES = ["adapter", "checkpoints", "config.yaml", "report.html", "result.json"]
 HALF_A_BIT = 2.0**-8
 """What rounding to bfloat16, which keeps 8 bits, changes at most: a share of each weight."""
 TOLERANCE = 8 * HALF_A_BIT
@@ -141,6 +140,8 @@ def test_train_writes_these_files_and_no_others(causal: Trained, classifying: Tr
         }
         # The whole output, hidden files included, and what it stands beside: nothing else was written.
         assert not [path for path in trained.out.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+        steps = [path.name for path in sorted((trained.out / "checkpoints").iterdir())]
+        assert steps == ["step-000007", "step-000008"]
 
 
 def test_train_says_what_it_found(causal: Trained, classifying: Trained) -> None:
@@ -198,11 +199,8 @@ def test_another_seed_gives_another_result(causal: Trained, tmp_path: Path) -> N
     assert Result.read(tmp_path / "out" / "result.json").loss.final != causal.result.loss.final
 
 
-def test_the_winner_of_a_grid_is_what_it_would_have_been_alone(
-    causal: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_winner_of_a_grid_is_what_it_would_have_been_alone(causal: Trained, tmp_path: Path) -> None:
     """The same factors in float64: being chosen among others changed nothing in its training."""
-    monkeypatch.setattr(OutputFolder, "drop_checkpoints", lambda self: None)
     options = ["--model", causal.model, "--data", causal.data, "--strategy", "grid", "--no-refine", "--max-steps", 8]
     options += ["--batch-size", 8, "--lr", "1e-2", "--dropout", "0.1", "--dtype", "float64"]
     ran = rankrace("train", *options, "--ranks", "2,4,8", "--out", tmp_path / "race")

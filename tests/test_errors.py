@@ -523,7 +523,7 @@ def same_result(out: Path, expected: Path) -> None:
     ours, theirs = Result.read(out / "result.json"), Result.read(expected / "result.json")
     assert (ours.rank, ours.loss, ours.curve) == (theirs.rank, theirs.loss, theirs.curve)
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["adapter", "config.yaml", "report.html", "result.json"]
+    assert names == ["adapter", "checkpoints", "config.yaml", "report.html", "result.json"]
     weights = "adapter/adapter_model.safetensors"
     assert (out / weights).read_bytes() == (expected / weights).read_bytes()
 

@@ -24,7 +24,6 @@ from rankrace.bank import Bank
 from rankrace.bank.dropout import counter_seed
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
-from rankrace.output import OutputFolder
 from rankrace.report.text import doubts
 from rankrace.result import Decision, Result
 from rankrace.select.build import make_strategy
@@ -316,11 +315,8 @@ def same_adapter(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["shrink", "race"])
-def test_a_rate_far_too_small_is_found_said_and_left(
-    strategy: str, given: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rate_far_too_small_is_found_said_and_left(strategy: str, given: list[object], tmp_path: Path) -> None:
     """The run that goes on is that of the larger rate alone, through the cuts too, in float64."""
-    monkeypatch.setattr(OutputFolder, "drop_checkpoints", lambda self: None)
     options = ["--strategy", strategy, "--no-refine"]
     ran, found = trained(given, tmp_path / "tried", *options, "--lr", "1e-4", "--lr-scales", "0.5,128", "--twin")
     assert found.decision.lr_scale == 128

@@ -187,21 +187,6 @@ def undisturbed(runs: Runs) -> Callable[[str], Path]:
     return out_of
 
 
-@pytest.fixture(scope="module")
-def unfinished(runs: Runs, undisturbed: Callable[[str], Path]) -> Callable[[Path], Path]:
-    """Makes a copy of a run of `shrink` that has its last checkpoint and its adapter, and nothing after them."""
-    killed = runs.folder / "unfinished"
-
-    def copy(out: Path) -> Path:
-        if not killed.exists():
-            ended = runs(runs.arguments("shrink", killed), killed, die_at=".adapter.partial")
-            assert ended.code == -signal.SIGKILL, ended.said
-            shutil.copytree(undisturbed("shrink") / "adapter", killed / "adapter")
-        return shutil.copytree(killed, out)
-
-    return copy
-
-
 # --- what is compared
 
 
@@ -222,15 +207,19 @@ def same(out: Path, expected: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
     assert adapter_config(out) == adapter_config(expected)
     assert (out / "report.html").stat().st_size > 1000
-    assert sorted(p.name for p in out.iterdir()) == ["adapter", "config.yaml", "report.html", "result.json"]
+    assert not list(out.rglob("*.partial")), "left behind"
 
 
 def steps_saved(out: Path) -> list[int]:
-    try:
-        names = os.listdir(out / "checkpoints")
-    except FileNotFoundError:  # it has not begun, or is finished
-        return []
-    return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+    return sorted(int(p.name.removeprefix("step-")) for p in (out / "checkpoints").glob("step-*"))
+
+
+def as_of(expected: Path, out: Path) -> Path:
+    """A copy of a finished run from which everything after the last checkpoint is taken away."""
+    shutil.copytree(expected, out)
+    (out / "result.json").unlink()
+    (out / "report.html").unlink()
+    return out
 
 
 def kill_some_time(process: ForkServerProcess, out: Path, delay_s: float) -> None:
@@ -310,12 +299,10 @@ def test_a_kill_at_every_operation_of_a_save_leaves_a_whole_checkpoint(runs: Run
     assert new >= 8
 
 
-def test_killed_while_finishing(
-    runs: Runs, undisturbed: Callable[[str], Path], unfinished: Callable[[Path], Path], tmp_path: Path
-) -> None:
+def test_killed_while_finishing(runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path) -> None:
     """The training is done, an adapter of an earlier attempt is there; writing the result is cut off, twice."""
     expected = undisturbed("shrink")
-    out = unfinished(tmp_path / "out")
+    out = as_of(expected, tmp_path / "out")
     arguments = [*runs.arguments("shrink", out), "--resume"]
     for die_at in (12, 30):
         assert runs(arguments, out, die_at).code == -signal.SIGKILL
@@ -345,9 +332,9 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(
 
 
 def test_ctrl_c_while_finishing_prints_the_command_too(
-    runs: Runs, undisturbed: Callable[[str], Path], unfinished: Callable[[Path], Path], tmp_path: Path
+    runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    out = unfinished(tmp_path / "out")
+    out = as_of(undisturbed("shrink"), tmp_path / "out")
     stopped = runs([*runs.arguments("shrink", out), "--resume"], out, die_at="README.md", by=signal.SIGINT)
     assert stopped.code == 130
     assert not (out / "result.json").exists()
@@ -375,10 +362,10 @@ def test_ctrl_c_at_a_real_command_line(runs: Runs, undisturbed: Callable[[str], 
 
 
 def test_a_broken_checkpoint_is_said_and_the_one_before_it_will_do(
-    runs: Runs, undisturbed: Callable[[str], Path], unfinished: Callable[[Path], Path], tmp_path: Path
+    runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     expected = undisturbed("shrink")
-    out = unfinished(tmp_path / "out")
+    out = as_of(expected, tmp_path / "out")
     newest = out / "checkpoints" / f"step-{STEPS:06d}"
     os.truncate(newest / "tensors.safetensors", 1000)
     arguments = [*runs.arguments("shrink", out), "--resume"]
@@ -426,9 +413,9 @@ def test_every_damage_to_a_checkpoint_gives_a_clear_error(damage: Callable[[Path
     ],
 )
 def test_a_changed_option_is_refused(
-    changed: list[str], named: str, runs: Runs, unfinished: Callable[[Path], Path], tmp_path: Path
+    changed: list[str], named: str, runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    out = unfinished(tmp_path / "out")
+    out = as_of(undisturbed("shrink"), tmp_path / "out")
     before = contents(out)
     refused = runs([*runs.arguments("shrink", out), *changed, "--resume"], out)
     assert refused.code == 2
@@ -437,9 +424,9 @@ def test_a_changed_option_is_refused(
 
 
 def test_another_run_in_the_folder_is_refused_without_resume(
-    runs: Runs, unfinished: Callable[[Path], Path], tmp_path: Path
+    runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    out = unfinished(tmp_path / "out")
+    out = as_of(undisturbed("shrink"), tmp_path / "out")
     before = contents(out)
     refused = runs(runs.arguments("shrink", out), out)
     assert refused.code == 2
@@ -480,20 +467,6 @@ def test_a_finished_run_says_so_and_stays_as_it_is(runs: Runs, undisturbed: Call
     assert ended.code == 0
     assert "This run is finished" in ended.said
     assert contents(out) == before
-
-
-def test_killed_between_its_result_and_the_end(
-    runs: Runs, undisturbed: Callable[[str], Path], unfinished: Callable[[Path], Path], tmp_path: Path
-) -> None:
-    """It is finished; what it had no time to remove goes at the next command."""
-    out = unfinished(tmp_path / "out")
-    arguments = [*runs.arguments("shrink", out), "--resume"]
-    assert runs(arguments, out, die_at=f"step-{STEPS:06d}").code == -signal.SIGKILL
-    assert (out / "result.json").exists()
-    assert (out / "checkpoints").exists()
-    ended = runs(arguments, out)
-    assert (ended.code, "This run is finished" in ended.said) == (0, True)
-    same(out, undisturbed("shrink"))
 
 
 def test_a_run_needs_no_main_thread() -> None:

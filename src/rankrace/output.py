@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -12,7 +12,6 @@ from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.options import checked
 from rankrace.result import Result, replace_text
-from rankrace.training.checkpoint import flush
 
 MAY_DIFFER = {"out", "resume", "device", "save_every", "micro_tokens", "compile", "cuda_graphs",
               "recompute", "track"}  # fmt: skip
@@ -115,12 +114,6 @@ class OutputFolder:
             if new:
                 shutil.rmtree(self.root, ignore_errors=True)
             raise
-
-    def drop_checkpoints(self) -> None:
-        """Of a finished run, which nobody goes on with. Where they cannot be removed they do no harm."""
-        with suppress(OSError):
-            flush(self.root)  # the name of result.json too is on disk before they go
-            shutil.rmtree(self.checkpoints)
 
     def started(self) -> RunConfig | None:
         """The resolved configuration of the run in the folder.

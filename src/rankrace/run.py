@@ -83,7 +83,6 @@ def train(config: RunConfig) -> Result:
         config = continued(started, config)
     with Progress() as progress:
         if finished is not None:
-            folder.drop_checkpoints()  # which were left if it was killed just before
             progress.say(f"This run is finished: {folder.report}")
             return finished
         session, tokenizer, clock = open_session(config, progress)
@@ -262,8 +261,7 @@ def finish(
     progress: Progress,
     interrupts: Interrupts,
 ) -> Result:
-    """Measures the finished adapter on fresh examples and writes everything; result.json comes last, and then the
-    checkpoints go.
+    """Measures the finished adapter on fresh examples and writes everything; result.json comes last.
 
     Raises:
         Interrupted: Ctrl-C, before the last file; what is written already is written again.
@@ -285,7 +283,6 @@ def finish(
     with writing(folder.root):
         write_report(result, settings, folder.report)
         result.write(folder.result)
-    folder.drop_checkpoints()
     return result
 
 
