@@ -27,7 +27,7 @@ from rankrace.bench.experiment import Job, config_of, read_experiment
 from rankrace.bench.job import perform
 from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, sight_of
 from rankrace.bench.paired import difference
-from rankrace.bench.record import Record
+from rankrace.bench.record import Record, provenance
 from rankrace.bench.store import Store, due
 from rankrace.bench.table import Table, build, t_half_width
 from rankrace.errors import RankraceError
@@ -723,3 +723,14 @@ def test_the_interval_is_students() -> None:
     """By a printed table: t(2) = 4.303; s = 1, n = 3."""
     assert t_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
     assert math.isnan(t_half_width([1.0]))
+
+
+@pytest.mark.parametrize(("given", "dirty"), [("c0ffee", False), ("c0ffee+", True)])
+def test_a_copy_of_the_code_says_what_it_is_a_copy_of(
+    given: str, dirty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKRACE_COMMIT", given)
+    found = provenance()
+    assert (found["commit"], found["dirty"]) == ("c0ffee", dirty)
+    monkeypatch.delenv("RANKRACE_COMMIT")
+    assert provenance()["commit"] != "c0ffee"

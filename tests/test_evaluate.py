@@ -111,7 +111,8 @@ def test_answers_that_have_ended_cost_nothing(look_every: int, monkeypatch: pyte
     with remembering(model), torch.no_grad():
         whole = answer(prompts, packed, -1, 150, 4096).tolist()
         assert steps[1:] == [len(prompts)] * 149
-        ends = {token: [row.index(token) if token in row else 150 for row in whole] for token in {*whole[0], *whole[1]}}
+        written = {*whole[0], *whole[1]}
+        ends = {token: [[*row, token].index(token) for row in whole] for token in written}
         eos = max(ends, key=lambda token: len(set(ends[token])))
         steps.clear()
         found = answer(prompts, packed, eos, 150, 4096).tolist()

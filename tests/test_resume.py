@@ -27,13 +27,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rankrace.cli import main
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.interrupt import Interrupts
 from rankrace.run import continued
-from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
+from rankrace.training.checkpoint import load_checkpoint, save_checkpoint, written_whole
 from tinyfolder import tiny_llama
 
 STEPS, SAVE_EVERY = 21, 2
@@ -297,6 +298,18 @@ def test_a_kill_at_every_operation_of_a_save_leaves_a_whole_checkpoint(runs: Run
     again, new = map(int, (tmp_path / "log").read_text().split())
     assert again >= 8
     assert new >= 8
+
+
+def test_others_may_read_what_is_written_as_the_system_says(tmp_path: Path) -> None:
+    """safetensors makes its files readable for their owner alone, whatever the umask."""
+    before = os.umask(0o027)
+    try:
+        with written_whole(tmp_path / "adapter") as partial:
+            save_file({"x": torch.zeros(1)}, partial / "adapter_model.safetensors")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_killed_while_finishing(runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path) -> None:

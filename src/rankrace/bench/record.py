@@ -61,7 +61,8 @@ def remove_record(folder: Path, key: str) -> None:
 
 
 def provenance() -> Record:
-    """When it ran and which code: git's commit, or where the package is no checkout $RANKRACE_COMMIT (+: changed)."""
+    """When it ran and which code: $RANKRACE_COMMIT (+: changed) where it is set, for copies that carry the code but
+    not its history as it is; else git's commit."""
 
     def git(*arguments: str) -> str | None:
         package = Path(__file__).parents[1]
@@ -71,10 +72,11 @@ def provenance() -> Record:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".")
     given = os.environ.get("RANKRACE_COMMIT")
-    if commit is None and given:
+    if given:
         commit, changes = given.rstrip("+"), "+" if given.endswith("+") else ""
+    else:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".")
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,

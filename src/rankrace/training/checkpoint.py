@@ -77,6 +77,8 @@ def written_whole(final: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in [*partial.rglob("*"), partial]:
+            if path.is_file():
+                path.chmod(0o666 & ~umask())  # safetensors lets none but the owner read its files
             flush(path)
         if final.exists():
             os.rename(final, replaced)  # at once: a folder half removed must not bear the name
@@ -93,6 +95,13 @@ def written_whole(final: Path) -> Iterator[Path]:
                 fix="free some space (or choose another --out) and run again with --resume",
             ) from error
         raise
+
+
+def umask() -> int:
+    """What new files may not allow; to be asked for it has to be set."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def flush(path: Path) -> None:
