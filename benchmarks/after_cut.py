@@ -2,6 +2,7 @@
 
     python -m benchmarks.after_cut --model SMOLLM2_FOLDER --data DATA --units gsm8k:0,squad2:0 --lr-scale 2
     python -m benchmarks.after_cut … --arms rates --out results/selection/after_cut_rates
+    python -m benchmarks.after_cut … --arms ways --out results/selection/after_cut_ways
 
 One wide candidate trains to CUT of the training. From there all arms train on side by side, on the same batches, and
 are measured on the same held-out examples at each look:
@@ -17,13 +18,17 @@ are measured on the same held-out examples at each look:
 `--arms rates`: cuts alone, and each with the learning rate times (r/16)^¼ (cool-r) or √(r/16) (cold-r), since small
 ranks stand less of a rate than large ones; forgot-r: without Adam's moments.
 
+`--arms ways`, to ranks 4 and 16: cut-r; warm-r: the learning rate rises anew from 0 over WARM of the training;
+fresh-r: that, and without Adam's moments; late-r: cut at LATE of the training instead; stages-4: to 16, and to 4 at
+LATE.
+
 One JSON file a unit and learning rate (benchmarks/study.py).
 
 Shapes: K arms.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,10 +37,12 @@ from torch import Tensor
 from benchmarks.study import ALPHA, Study, arguments, described, ended, run_units
 from rankrace.bank import Bank, Candidates, Spectrum, allocate, carried
 from rankrace.training.loop import Trainer
+from rankrace.training.optimizer import BankAdamW
 
 WIDE = 64
-CUT = 0.15
-LOOKS = (0.15, 0.1625, 0.175, 0.2, 0.25, 0.3, 0.5, 1.0)
+CUT, LATE = 0.15, 0.30
+WARM = 0.05
+LOOKS = (0.15, 0.1625, 0.175, 0.2, 0.25, LATE, 0.5, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,24 @@ class Arm:
     allocation: Mapping[str, int] | None = None
     forgets: bool = False
     """Adam's moments are zero after the cut, its count of updates is not: small steps first, a warm-up of its own."""
+    warms: bool = False
+    """The learning rate rises anew after the cut."""
+    later: int | None = None
+    """The rank that it is cut to at LATE, the first time or again."""
+
+    @property
+    def whole(self) -> bool:
+        """It is not cut at CUT."""
+        return self.name == "kept" or self.name.startswith("late")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One arm's candidate, and Adam's moments of it."""
+
+    candidate: Candidates
+    mean: Mapping[str, Tensor]
+    square: Mapping[str, Tensor]
 
 
 def arms(trainer: Trainer[Bank], whole: Mapping[str, Spectrum]) -> list[Arm]:
@@ -75,19 +100,68 @@ def rates(trainer: Trainer[Bank], whole: Mapping[str, Spectrum]) -> list[Arm]:
     ]
 
 
-ARMS = {"cuts": arms, "rates": rates}
+def ways(trainer: Trainer[Bank], whole: Mapping[str, Spectrum]) -> list[Arm]:
+    """Those of `--arms ways`."""
+    return [
+        *(Arm(name=f"cut-{r}", rank=r) for r in (4, 16)),
+        *(Arm(name=f"warm-{r}", rank=r, warms=True) for r in (4, 16)),
+        *(Arm(name=f"fresh-{r}", rank=r, warms=True, forgets=True) for r in (4, 16)),
+        *(Arm(name=f"late-{r}", rank=WIDE, later=r) for r in (4, 16)),
+        Arm(name="stages-4", rank=16, later=4),
+    ]
 
 
-def cut(
-    trainer: Trainer[Bank], wide: Candidates, whole: Mapping[str, Spectrum], arm: Arm
-) -> tuple[Candidates, Any, Any]:
-    """The arm's candidate and its moments."""
-    optimizer = trainer.optimizer
-    c = wide.truncations(0, [arm.rank], [ALPHA / arm.rank], whole, [arm.allocation])
-    mean, square = carried(wide, 0, whole, c, optimizer.mean.views, optimizer.square.views)
-    if arm.forgets:
-        mean, square = ({name: torch.zeros_like(t) for name, t in each.items()} for each in (mean, square))
-    return c, mean, square
+ARMS = {"cuts": arms, "rates": rates, "ways": ways}
+
+
+def parts(trainer: Trainer[Bank], index: int, all_cuts: Sequence[Arm | None]) -> list[Part]:
+    """One present candidate, once as it is for each None and once cut for each arm.
+
+    The arm's rank is that of the cut: see `again`.
+    """
+    present, optimizer = trainer.bank.candidates, trainer.optimizer
+    assert isinstance(optimizer, BankAdamW)
+    moments = optimizer.mean.views, optimizer.square.views
+    whole = present.spectra(index) if any(arm is not None for arm in all_cuts) else {}
+    found = []
+    for arm in all_cuts:
+        if arm is None:
+            mean, square = ({n: t[[index]].clone() for n, t in each.items()} for each in moments)
+            found.append(Part(candidate=present.keep([index]), mean=mean, square=square))
+            continue
+        cut = present.truncations(index, [arm.rank], [ALPHA / arm.rank], whole, [arm.allocation])
+        mean, square = carried(present, index, whole, cut, *moments)
+        if arm.forgets:
+            mean, square = ({name: torch.zeros_like(t) for name, t in each.items()} for each in (mean, square))
+        found.append(Part(candidate=cut, mean=mean, square=square))
+    return found
+
+
+def side_by_side(trainer: Trainer[Bank], all_parts: Sequence[Part], lr_K: Sequence[float]) -> None:
+    """Lets them train on, with the present count of updates."""
+    before, first = trainer.optimizer, all_parts[0].candidate
+    assert isinstance(before, BankAdamW)
+    like = first.tensors()
+    values, means, squares = (
+        stack([widened(tensors, like) for tensors in each])
+        for each in zip(*((p.candidate.tensors(), p.mean, p.square) for p in all_parts), strict=True)
+    )
+    candidates = Candidates(
+        ranks=(WIDE,) * len(all_parts),  # of the memory; padding beyond an arm's own rank stays zero
+        multipliers=tuple(p.candidate.multipliers[0] for p in all_parts),
+        factors=first.factors,
+        heads={},
+    ).with_tensors(values)
+    trainer.start(candidates, lr_K)
+    assert isinstance(trainer.optimizer, BankAdamW)
+    trainer.optimizer.resume(means, squares, updates=before.updates)
+
+
+def again(trainer: Trainer[Bank], all_arms: Sequence[Arm]) -> None:
+    """At LATE: the arms with a later rank are cut to it, the others go on as they are."""
+    cuts = [None if a.later is None else replace(a, rank=a.later, allocation=None, forgets=False) for a in all_arms]
+    found = [part for k, arm in enumerate(cuts) for part in parts(trainer, k, [arm])]
+    side_by_side(trainer, found, trainer.lr_K)
 
 
 def widened(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,27 +183,22 @@ def run(study: Study, scale: float, chosen: str) -> dict[str, Any]:
     trainer.start(bank.candidates, [lr])
     for _ in trainer.run(round(CUT * trainer.total)):
         pass
-    wide, optimizer = bank.candidates.keep([0]), trainer.optimizer
-    whole = wide.spectra(0)
-    cuts = ARMS[chosen](trainer, whole)
-    parts = [(wide, optimizer.mean.views, optimizer.square.views), *(cut(trainer, wide, whole, a) for a in cuts)]
-    values, means, squares = zip(*((c.tensors(), m, s) for c, m, s in parts), strict=True)
-    like = wide.tensors()
-    all_arms = [Arm(name="kept", rank=WIDE), *cuts]
-    candidates = Candidates(
-        ranks=(WIDE,) * len(all_arms),  # of the memory; padding beyond an arm's own rank stays zero
-        multipliers=tuple(ALPHA / a.rank for a in all_arms),
-        factors=wide.factors,
-        heads={},
-    ).with_tensors(stack([widened(v, like) for v in values]))
-    updates = optimizer.updates
-    moments = [stack([widened(m, like) for m in each]) for each in (means, squares)]
-    trainer.start(candidates, [lr * a.rate for a in all_arms])
-    trainer.optimizer.resume(*moments, updates=updates)
-    looks = []
+    whole = bank.candidates.spectra(0)
+    all_arms = [Arm(name="kept", rank=WIDE), *ARMS[chosen](trainer, whole)]
+    singular_values = {n: [round(float(x), 5) for x in s.S_R] for n, s in whole.items()}
+    del whole  # of factors that train on
+    lr_K = [lr * a.rate for a in all_arms]
+    side_by_side(trainer, parts(trainer, 0, [None if a.whole else a for a in all_arms]), lr_K)
+    looks, cut_at, warm = [], trainer.step, round(WARM * trainer.total)
     for share in LOOKS:
-        for _ in trainer.run(round(share * trainer.total)):
-            pass
+        until = round(share * trainer.total)
+        while trainer.step < until:
+            risen = min(1.0, (trainer.step - cut_at + 1) / max(1, warm))
+            trainer.lr_K = tuple(x * (risen if a.warms else 1.0) for x, a in zip(lr_K, all_arms, strict=True))
+            for _ in trainer.run(trainer.step + 1):
+                pass
+        if share == LATE and any(a.later for a in all_arms):
+            again(trainer, all_arms)
         direct = described(trainer.measure(study.looked), study.cluster_N)
         looks.append({"share": share, "step": trainer.step, "direct": direct})
     fresh = trainer.measure(study.fresh)
@@ -139,8 +208,8 @@ def run(study: Study, scale: float, chosen: str) -> dict[str, Any]:
         "lr_scale": scale,
         "cut_at": CUT,
         "arms": [a.name for a in all_arms],
-        "allocations": {a.name: a.allocation for a in cuts if a.allocation is not None},
-        "spectra": {n: [round(float(x), 5) for x in s.S_R] for n, s in whole.items()},
+        "allocations": {a.name: a.allocation for a in all_arms if a.allocation is not None},
+        "spectra": singular_values,
         "looks": looks,
         "fresh": ended(fresh),
     }
