@@ -362,6 +362,7 @@ def main(root: Path = records.ROOT) -> None:
         repeated_choices(records.choices(root))
     after_cut(records.after_cuts(root))
     after_cut(records.after_cuts(root, "after_cut_rates"))
+    after_cut(records.after_cuts(root, "after_cut_ways"))
 
 
 if __name__ == "__main__":
