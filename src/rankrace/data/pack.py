@@ -123,6 +123,11 @@ class Packed:
             token_types_T=None if self.token_types_T is None else longer(self.token_types_T, size.tokens),
         )
 
+    @property
+    def examples_of_targets(self) -> np.ndarray:
+        """[S]: which example of the set each target belongs to."""
+        return np.asarray(self.rows_N, dtype=np.int64)[self.example_S.cpu().numpy()]
+
     def emptied(self) -> "Packed":
         """No example at all. What it can be padded to shares nothing with the row but its kind."""
         none = {name: tensor[:0] for name, tensor in self._tensors().items()}

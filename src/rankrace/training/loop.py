@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rankrace.bank import Bank, Candidates, Spectrum, carried
 from rankrace.data.encoded import Encoded
-from rankrace.data.pack import Batch, Size, epoch_batches, size_buckets, validation_batches
+from rankrace.data.pack import Batch, Packed, Size, epoch_batches, size_buckets, validation_batches
 from rankrace.errors import RankraceError
 from rankrace.training.average import Average
 from rankrace.training.memory import free_caches, out_of_memory
@@ -76,6 +76,27 @@ class Measured:
         return self.correct_KN.mean(1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackedSet:
+    """N examples as packed rows on the device, with M targets in all."""
+
+    examples: Sequence[Encoded]
+    micro_tokens: int
+    """The budget of a row."""
+    rows: tuple[Packed, ...]
+    example_M: np.ndarray
+    """The example of each target, row after row."""
+
+    @property
+    def tokens_N(self) -> np.ndarray:
+        """Targets of each example."""
+        return np.bincount(self.example_M, minlength=len(self.examples))
+
+    def summed(self, x_KM: np.ndarray) -> np.ndarray:
+        """[K, M] → [K, N], float64."""
+        return np.stack([np.bincount(self.example_M, weights=x_M, minlength=len(self.examples)) for x_M in x_KM])
+
+
 @dataclass(frozen=True)
 class Running:
     """A pass that has begun."""
@@ -117,6 +138,7 @@ class Trainer(Generic[B]):
         self.average: Average | None = None
         """Of the values, since `follow`."""
         self._running: Running | None = None
+        self._packed: PackedSet | None = None
         self.notes: list[str] = []
         """What a person should know of how the steps went."""
         self.begin_passes()
@@ -300,20 +322,33 @@ class Trainer(Generic[B]):
 
     @torch.no_grad()
     def measure_all(self, examples: Sequence[Encoded]) -> Measured:
-        K = self.bank.running
-        loss_KN = np.zeros((K, len(examples)))
-        tokens_N = np.zeros(len(examples), dtype=np.int64)
-        wrong_KN = np.zeros((K, len(examples)), dtype=np.int64)
-        for indices in validation_batches([len(e.input_ids) for e in examples], self.recipe.micro_tokens):
-            row = self.model.pack(examples, indices)
-            where_S = np.asarray(indices)[row.example_S.cpu().numpy()]
-            np.add.at(tokens_N, where_S, 1)
+        K, held_out = self.bank.running, self.packed_once(examples)
+        losses, wrongs = [torch.zeros(K, 0)], [torch.zeros(K, 0, dtype=torch.bool)]
+        for row in held_out.rows:
+            tokens = []
             for active in self.groups(row.size.tokens, K):
                 self._running = Running(row.size, active.stop - active.start)
                 with self.bank.only(active):
-                    token = self.model.losses(row)
-                rows = range(active.start, active.stop)
-                for k, loss_S, correct_S in zip(rows, token.loss_KS, token.correct_KS, strict=True):
-                    np.add.at(loss_KN[k], where_S, loss_S.double().cpu().numpy())
-                    np.add.at(wrong_KN[k], where_S, (~correct_S).long().cpu().numpy())
-        return Measured(loss_KN=loss_KN, tokens_N=tokens_N, correct_KN=wrong_KN == 0)
+                    tokens.append(self.model.losses(row))
+            losses.append(torch.cat([t.loss_KS for t in tokens]))
+            wrongs.append(torch.cat([~t.correct_KS for t in tokens]))
+        # Only now is the device waited for: a wait after each pass would leave it idle in between.
+        loss_KM, wrong_KM = (np.concatenate([x.cpu().numpy() for x in each], axis=1) for each in (losses, wrongs))
+        return Measured(
+            loss_KN=held_out.summed(loss_KM),
+            tokens_N=held_out.tokens_N,
+            correct_KN=held_out.summed(wrong_KM) == 0,
+        )
+
+    def packed_once(self, examples: Sequence[Encoded]) -> "PackedSet":
+        """The examples as rows on the device; the last ones asked for are kept, since looks ask for the same."""
+        budget, packed = self.recipe.micro_tokens, self._packed
+        if packed is None or packed.examples is not examples or packed.micro_tokens != budget:
+            rows = [self.model.pack(examples, row) for row in validation_batches([len(e) for e in examples], budget)]
+            packed = self._packed = PackedSet(
+                examples=examples,
+                micro_tokens=budget,
+                rows=tuple(row.to(self.bank.device) for row in rows),
+                example_M=np.concatenate([np.zeros(0, np.int64), *(row.examples_of_targets for row in rows)]),
+            )
+        return packed
