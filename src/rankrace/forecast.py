@@ -24,6 +24,7 @@ from rankrace.plan import (
     LEAST_TOKENS,
     LookPlan,
     candidate_bytes,
+    flats_of,
     padding_of,
     ranks_looked_at,
     ranks_measured,
@@ -136,9 +137,9 @@ def forecast_of(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: 
     ranks = tuple(one.rank for one in starts)
     K, R = len(ranks), max(ranks)
     bank.start(ranks, [1.0] * K)
-    trainer.start(bank.candidates, [0.0] * K)
+    trainer.begin([0.0] * K)
     cost = probe(trainer.model, data.train.examples)
-    candidates = candidate_bytes(bank, K, R)
+    candidates = candidate_bytes(bank, K, R, flats_of(config))
     # malloc gives little of a probe's memory back: on a host nothing can be read off afterwards.
     workspace = max(0, held_bytes(device) - base - candidates) if device.type == "cuda" else 0
     training, largest = largest_pass(trainer, cost, K)

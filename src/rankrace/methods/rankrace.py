@@ -26,7 +26,7 @@ class Rankrace(Anywhere):
         self.name = strategy
 
     def default_lr(self, width: int, config: RunConfig) -> float:
-        return default_lr(width)
+        return default_lr(width, config.scaling)
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
         return Choosing(prepare(config.model_copy(update={"strategy": self.name}), data, model, task))

@@ -91,15 +91,10 @@ class Search:
         ranks = [one.rank for one in starts]
         settings = [self.setting(r) for r in ranks]
         self.trainer.bank.start(ranks, [s.multiplier for s in settings], [one.draw for one in starts])
-        lrs = [s.lr * one.lr_scale for s, one in zip(settings, starts, strict=True)]
-        self.trainer.start(self.trainer.bank.candidates, lrs)
+        self.trainer.begin([s.lr * one.lr_scale for s, one in zip(settings, starts, strict=True)])
         self.state.entries = [
             Entry(rank=one.rank, began=0, lr_scale=one.lr_scale, twin=one.draw > 0) for one in starts
         ]
-        self.follow()
-
-    def follow(self) -> None:
-        """Averages are kept while there are several candidates to compare."""
         if self.strategy.averages and len(self.ranks) > 1:
             self.trainer.follow()
 
@@ -156,7 +151,6 @@ class Search:
                 cuts = self.cut(index, ranks, allocation)
                 self.trainer.cut(index, cuts, self.spectra(index), [self.setting(r).lr for r in ranks])
                 self.state.entries += [Entry(rank=r, began=self.trainer.step, lr_scale=self.lr_scale) for r in ranks]
-                self.follow()
         if len(self.ranks) == 1:
             self.trainer.average = None
 

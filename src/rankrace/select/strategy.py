@@ -124,7 +124,7 @@ class Strategy(Protocol):
 
     @property
     def averages(self) -> bool:
-        """Whether averages of several candidates will be asked for."""
+        """Whether averages of the candidates that begin will be asked for, if they are several."""
         ...
 
     def start(self) -> tuple[Start, ...]:

@@ -60,7 +60,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 @contextmanager

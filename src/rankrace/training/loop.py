@@ -27,14 +27,16 @@ from rankrace.training.average import Average
 from rankrace.training.memory import free_caches, out_of_memory
 from rankrace.training.model import PackedModel
 from rankrace.training.optimizer import BankAdamW, Optimizer
-from rankrace.training.passes import Eager, Graphs
-from rankrace.training.schedule import Schedule
+from rankrace.training.passes import Eager, Graphs, Running
+from rankrace.training.schedule import Schedule, steps_of
 from rankrace.training.trained import B
 
 R = TypeVar("R")
 
 MOST_SIZES = 16
 """Of CUDA graphs."""
+SIZED_EPOCHS = 8
+"""So many are looked through for the sizes of rows; beyond them a row larger than all is rare."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +99,6 @@ class PackedSet:
         return np.stack([np.bincount(self.example_M, weights=x_M, minlength=len(self.examples)) for x_M in x_KM])
 
 
-@dataclass(frozen=True)
-class Running:
-    """A pass that has begun."""
-
-    size: Size
-    candidates: int
-
-
 def graph_sizes(passes: float) -> int:
     """How many sizes of graphs so many passes want.
 
@@ -125,10 +119,7 @@ class Trainer(Generic[B]):
         self.model, self.train, self.recipe = model, train, recipe
         self.bank: B = model.bank
         self.lengths = [len(e.input_ids) for e in train]
-        per_epoch = -(-len(train) // recipe.batch_size)
-        wanted = max(1, round(recipe.epochs * per_epoch))
-        self.total = wanted if recipe.max_steps is None else min(wanted, recipe.max_steps)
-        self.per_epoch = per_epoch
+        self.per_epoch, self.total = steps_of(len(train), recipe.batch_size, recipe.epochs, recipe.max_steps)
         warmup = round(recipe.warmup * self.total)
         self.schedule = Schedule(total=self.total, warmup=warmup, kind=recipe.schedule)
         self.step = 0
@@ -149,8 +140,10 @@ class Trainer(Generic[B]):
         model = self.model
         self.passes = Eager(model)
         if self.recipe.graphs:
-            of_an_epoch = self.sizes()
-            sizes = size_buckets(of_an_epoch, graph_sizes(len(of_an_epoch) * self.total / self.per_epoch))
+            # Rows of later epochs are put together otherwise, and one that fits no graph would run beside them.
+            steps = min(self.total, SIZED_EPOCHS * self.per_epoch)
+            seen = self.sizes(steps)
+            sizes = size_buckets(seen, graph_sizes(len(seen) * self.total / steps))
             self.passes = Graphs(model, sizes, lambda tokens: self.groups(tokens, len(self.lr_K)))
 
     # --- which candidates train
@@ -259,11 +252,11 @@ class Trainer(Generic[B]):
             )
         return self._epoch[1][index]
 
-    def sizes(self) -> list[Size]:
-        """Of the packed rows of an epoch."""
+    def sizes(self, steps: int | None = None) -> list[Size]:
+        """Of the packed rows of the first steps, or of an epoch."""
         causal = self.model.task == "causal"
         targets = [int(e.supervised[1:].sum()) if causal else 1 for e in self.train]
-        rows = [row for i in range(self.per_epoch) for row in self.batch(i).micros]
+        rows = [row for i in range(steps or self.per_epoch) for row in self.batch(i).micros]
         return [
             Size(
                 tokens=sum(self.lengths[i] for i in row),
@@ -286,17 +279,17 @@ class Trainer(Generic[B]):
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
-            if self._running is None or not out_of_memory(error):
+            failed = self.passes.capturing or self._running
+            if failed is None or not out_of_memory(error):
                 raise
-            failed = self._running
         # Out here the error is gone, and with it the frames that held on to what the pass had made.
         self.back_off(failed)
         return None
 
-    def back_off(self, failed: "Running") -> None:
+    def back_off(self, failed: Running) -> None:
         """Passes of at most half as many tokens as this one from now on."""
         tokens = failed.size.tokens * failed.candidates
-        if failed.candidates == failed.size.examples == 1:
+        if failed.smallest:
             raise RankraceError(
                 f"out of memory: an example of {tokens:,} tokens does not fit on {self.bank.device}",
                 why="one example with one candidate is the smallest pass there is",
