@@ -13,7 +13,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from curves import GSM8K_BASE, GSM8K_DIRECT, GSM8K_TRUNCATED, Curves, held_out
+from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
+from rankrace.plan import ranks_looked_at
 from rankrace.select.grid import Grid
 from rankrace.select.objective import Held, Objective, Trial, log2_penalty
 from rankrace.select.reason import is_confident, reason
@@ -142,6 +144,14 @@ def test_without_refinement_the_pick_is_on_the_ladder():
     assert looks[-1].action == Cut(index=0, ranks=(16,))
     assert len(measured.asked) == 3 * 6
     assert "integers" not in looks[-1].reason
+
+
+@pytest.mark.parametrize("ranks", [(LARGEST,), (4, LARGEST), (2, 4, 8, 8, LARGEST)])
+def test_its_looks_are_planned_for(ranks: tuple[int, ...]):
+    measured = bench(knee(3))
+    run(shrink(refine=False), [measured])
+    config = RunConfig(model="m", data="d", ranks=ranks)
+    assert len(measured.asked) == 3 * ranks_looked_at(config)
 
 
 def test_the_ladder_ends_on_the_largest_rank():
