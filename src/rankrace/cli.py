@@ -246,7 +246,7 @@ def train(config: RunConfig) -> None:
 
 def say(name: str, text: str) -> None:
     """A line of the result; on a terminal a long one is wrapped beside its name."""
-    line = f"{name:<12}{text}"
+    line = f"{name:<11} {text}"
     if out.is_terminal:
         line = textwrap.fill(line, out.width, subsequent_indent=" " * 12, break_on_hyphens=False)
     out.print(line, markup=False)
