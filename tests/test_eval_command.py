@@ -143,7 +143,7 @@ def test_lm_eval_on_a_local_task_file(sums: Path, tmp_path: Path) -> None:
     assert float(found["acc_stderr"]) == pytest.approx((share * (1 - share) / 23) ** 0.5, abs=0.006)
     assert_refused(rankrace("eval", sums, "--task", "no_such_task", "--evaluator", "lm-eval"), "no_such_task")
 
-    # A group of it and of another that has code of its own; and the tag that both bear.
+    # Another that has code of its own, and a group of both.
     (tmp_path / "code.py").write_text("def question(row):\n    return row['question']\n")
     other = yaml.safe_dump(task | {"task": "tiny_sums_too", "tag": "tiny_tag"})
     (tmp_path / "too.yaml").write_text(other.replace("'{{question}}'", "!function code.question"))
