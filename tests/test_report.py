@@ -168,9 +168,9 @@ def test_the_headline_says_the_choice_and_what_it_gave():
 
 def test_the_costs_add_up():
     cells = [text for tag, text in page("usual")[1].texts if tag == "td"]
-    start = cells.index("Training")
+    start = cells.index("Loading and training")
     assert cells[start : start + 11] == [
-        *("Training", "6 min 16 s", "91%"),
+        *("Loading and training", "6 min 16 s", "91%"),
         *("Search", "11.3 s", "2.7%"),
         *("Evaluation", "24.8 s", "6.0%"),
         *("Total", "6 min 52 s"),

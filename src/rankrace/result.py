@@ -127,13 +127,14 @@ class Candidate(_Record):
 
 
 class Time(_Record):
-    """Wall-clock seconds. What is neither search nor evaluation is the winner's training."""
+    """Wall-clock seconds. What is neither search nor evaluation is the winner's training, and before it loading,
+    checks and compiling."""
 
     total_s: NonNegativeFloat
     search_s: NonNegativeFloat
     """Everything only the choice needed: the losers' steps, validation looks, SVDs."""
     evaluation_s: NonNegativeFloat
-    """Validation outside the search, such as that of the base and of the finished adapter."""
+    """Validation outside the search: of the base model, once in each life of the run, and of the finished adapter."""
 
 
 class Memory(_Record):

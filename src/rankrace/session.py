@@ -3,6 +3,7 @@
 Shapes: N held-out examples.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held, linear_penalty
 from rankrace.select.search import Search, SearchState, Setting
 from rankrace.training.compiled import compile_blocks
+from rankrace.training.device import wait_for
 from rankrace.training.loop import Measured, Recipe, Trainer
 from rankrace.training.model import PackedModel
 from rankrace.training.recompute import recompute_blocks
@@ -57,6 +59,8 @@ class Session:
     """Held-out examples that choose nothing: the final figures are theirs."""
     base_fresh: Measured
     """The base model on them."""
+    base_seconds: float
+    """What it took to measure the base model, on these and on those that choose."""
     notes: list[str]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -153,8 +157,11 @@ def prepare(
     price = penalty_of(config, bank) if penalty is None else linear_penalty(1.0, penalty)
     strategy = make_strategy(config, trainer.total, bank, plan.fractions, price)
     looked, fresh, notes = divide(data.validation.examples, plan, config.seed)
+    wait_for(bank.device)
+    began = time.perf_counter()
     with bank.off():
         base_looked, base_fresh = trainer.measure(looked), trainer.measure(fresh)
+    base_seconds = time.perf_counter() - began
     held = Held(
         tokens_N=base_looked.tokens_N,
         cluster_N=np.array([e.group for e in looked]),
@@ -177,6 +184,7 @@ def prepare(
         search=search,
         fresh=fresh,
         base_fresh=base_fresh,
+        base_seconds=base_seconds,
         notes=notes + QUANTIZED[config.quantize] + (FP8_ON_A_HOST if slow else []),
     )
 
