@@ -1,4 +1,4 @@
-"""What a run's seconds are billed to: search, evaluation, or the rest."""
+"""What a run's seconds are billed to: search, evaluation, or the rest. The clock goes only where a test says."""
 
 import time
 from collections.abc import Callable
@@ -9,85 +9,82 @@ import pytest
 import torch
 
 from rankrace import RunConfig, session, train
-from rankrace.result import Result
+from rankrace.result import Time
 from rankrace.select.search import Search
 from rankrace.training.loop import Trainer
 from tinyfolder import SUMS, tiny_llama, write_rows
 
-LATE_S = 1.0
-"""By so much the part in question is slowed down: far more than the whole run takes otherwise for it."""
+STEP_S, STEPS = 100.0, 8
+"""What each step takes by that clock, and their number."""
+LATE_S = 10_000.0
+"""What the part in question takes."""
+
+
+class Seconds:
+    """In place of the clock; it begins now, since Python's own has been read by then."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = time.perf_counter()
+        self.patch = patch
+        patch.setattr(time, "perf_counter", lambda: self.now)
+        self.slow(Trainer, "take_step", STEP_S)
+
+    def slow(self, owner: Any, name: str, seconds: float = LATE_S) -> None:
+        """Each call of this takes so long."""
+        body: Callable[..., Any] = getattr(owner, name)
+
+        def late(*arguments: Any, **named: Any) -> Any:
+            self.now += seconds
+            return body(*arguments, **named)
+
+        self.patch.setattr(owner, name, late)
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> Seconds:
+    return Seconds(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def given(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("given")
     model, data = tiny_llama(folder / "model", smollm2), write_rows(folder / "sums.jsonl", SUMS)
-    return {"model": str(model), "data": str(data), "ranks": (2, 4), "max_steps": 8, "batch_size": 8, "device": "cpu"}
+    return {
+        "model": str(model), "data": str(data), "ranks": (2, 4), "max_steps": STEPS, "batch_size": 8, "device": "cpu"
+    }  # fmt: skip
 
 
-def slowed(body: Callable[..., Any]) -> Callable[..., Any]:
-    def late(*arguments: Any, **named: Any) -> Any:
-        time.sleep(LATE_S)
-        return body(*arguments, **named)
-
-    return late
+def spent(given: dict[str, Any], out: Path) -> Time:
+    return train(RunConfig(**given, out=out)).time
 
 
-def finished(given: dict[str, Any], out: Path) -> Result:
-    return train(RunConfig(**given, out=out))
+def test_getting_ready_is_no_evaluation(given: dict[str, Any], tmp_path: Path, seconds: Seconds) -> None:
+    seconds.slow(session, "ready")
+    time = spent(given, tmp_path / "out")
+    assert time.evaluation_s == 0
+    assert time.total_s > LATE_S
 
 
-def test_getting_ready_is_no_evaluation(
-    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session, "ready", slowed(session.ready))
-    spent = finished(given, tmp_path / "out").time
-    assert spent.evaluation_s < LATE_S
-    assert spent.total_s - spent.search_s - spent.evaluation_s > LATE_S
+def test_evaluation_is_the_base_twice_and_the_end(given: dict[str, Any], tmp_path: Path, seconds: Seconds) -> None:
+    seconds.slow(Trainer, "measure")
+    time = spent(given, tmp_path / "out")
+    assert time.evaluation_s == pytest.approx(3 * LATE_S)
+    assert time.search_s >= LATE_S, "looks measure too"
 
 
-def test_evaluation_is_the_base_twice_and_the_end(
-    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Trainer, "measure", slowed(Trainer.measure))
-    spent = finished(given, tmp_path / "out").time
-    assert 3 * LATE_S < spent.evaluation_s < 4 * LATE_S
-    assert spent.search_s > LATE_S, "looks measure too"
-
-
-def test_steps_that_a_look_has_to_wait_for_are_steps(
-    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_a_look_waits_for_are_steps(given: dict[str, Any], tmp_path: Path, seconds: Seconds) -> None:
     """On a GPU the host is ahead of the device, and waits where it reads the losses."""
-    runs: list[Search] = []
-    look = Search.take_look
-
-    def watched(search: Search) -> None:
-        runs.append(search)
-        look(search)
-
-    monkeypatch.setattr(Search, "take_look", watched)
-    monkeypatch.setattr(Search, "read_losses", slowed(Search.read_losses))
-    result = finished(given, tmp_path / "out")
-    assert 0 < runs[-1].state.look_seconds < LATE_S
-    assert result.time.total_s > LATE_S
+    seconds.slow(Search, "read_losses")
+    assert spent(given, tmp_path / "out").search_s < STEPS * STEP_S
 
 
-def test_waiting_for_losses_is_time_of_the_steps(
-    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_waiting_is_billed_to_the_candidates_that_ran(
+    given: dict[str, Any], tmp_path: Path, seconds: Seconds
 ) -> None:
-    """So that the losers' part of it is billed to the search, and tokens per second are those of the device."""
-    monkeypatch.setattr(torch, "stack", slowed(torch.stack))
-    spent: list[float] = []
-    read = Search.read_losses
+    """Of a grid of two the loser pays for half of it."""
+    seconds.slow(torch.Tensor, "tolist")
+    grid = {**given, "strategy": "grid", "refine": False, "save_every": STEPS, "max_steps": STEPS}
+    result = train(RunConfig(**grid, out=tmp_path / "out"))
+    looked = result.decision.step
 
-    def watched(search: Search) -> None:
-        unread, before = len(search._unread), search.trainer.seconds
-        read(search)
-        if unread:
-            spent.append(search.trainer.seconds - before)
-
-    monkeypatch.setattr(Search, "read_losses", watched)
-    finished({**given, "max_steps": 3}, tmp_path / "out")
-    assert spent
-    assert min(spent) > LATE_S
+    assert result.time.search_s == pytest.approx((looked * STEP_S + LATE_S) / 2)

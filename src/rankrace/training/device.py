@@ -1,4 +1,4 @@
-"""The device beside the host: work is queued on it, and a clock that is read too early bills it to what comes next."""
+"""The device beside the host: work is queued on it, and a clock read too early bills it to what comes next."""
 
 import torch
 
