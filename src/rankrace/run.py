@@ -53,6 +53,7 @@ def train(config: RunConfig) -> Result:
         if found is not None:
             tensors, state = found
             session.restore(tensors, state["session"])
+            progress.said = len(state["session"].get("notes", []))  # by the lives before
             clock.before = state["seconds"]
             clock.evaluation += state["evaluation_seconds"]  # the base was measured in each life
             progress.say(f"Resumed after step {session.trainer.step} of {session.trainer.total}.")

@@ -65,10 +65,7 @@ class Session:
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: factors, heads and optimiser."""
-        optimizer = {f"optimizer.{n}": t for n, t in self.trainer.optimizer.state().items()}
-        average = self.trainer.average
-        averaged = {} if average is None else {"average": average.mean.all_KP}
-        return {**self.trainer.bank.candidates.tensors(), **optimizer, **averaged}
+        return {**self.trainer.bank.candidates.tensors(), **self.trainer.tensors()}
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: everything that is not a tensor. There is no random state: see Trainer."""
@@ -76,14 +73,11 @@ class Session:
         self.search.read_losses()
         return {
             "data": self.data.sha256,
-            "step": t.step,
-            "tokens": t.tokens,
-            "seconds": t.seconds,
+            **t.state(),
             "lr": t.lr_K,
             "ranks": c.ranks,
             "layer_ranks": dict(c.layer_ranks),
             "multipliers": c.multipliers,
-            "averaged": None if t.average is None else t.average.steps,
             "search": _state.dump_python(self.search.state, mode="json"),
         }
 
@@ -109,15 +103,7 @@ class Session:
             layer_ranks={n: tuple(ranks) for n, ranks in state["layer_ranks"].items()},
         )
         t.start(candidates, state["lr"])
-        prefix = "optimizer."
-        t.optimizer.load_state({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
-        if state["averaged"] is not None:
-            t.follow()
-            assert t.average is not None
-            t.average.steps = state["averaged"]
-            t.average.mean.all_KP.copy_(tensors["average"])
-        t.step = state["step"]
-        t.tokens, t.seconds = state["tokens"], state["seconds"]
+        t.restore(tensors, state)
         self.search.state = _state.validate_python(state["search"])
 
 
