@@ -20,7 +20,7 @@ from rankrace.report.page import write_report
 from rankrace.result import Result
 from rankrace.session import Session
 from rankrace.track import Curves, check_tracker, tracked
-from rankrace.training.checkpoint import load_checkpoint, save_checkpoint, written_whole
+from rankrace.training.checkpoint import load_checkpoint, newest_step, save_checkpoint, written_whole
 from rankrace.training.device import wait_for
 from rankrace.training.divergence import alarm_if_diverged
 
@@ -33,7 +33,8 @@ def train(config: RunConfig) -> Result:
 
     Raises:
         RankraceError: something the user can put right; nothing half-written is left.
-        Interrupted: Ctrl-C; the run was saved first.
+        Interrupted: Ctrl-C; the run was saved first. After a second one it goes on from its last checkpoint, if there
+            is one.
     """
     check_tracker(config.track)
     folder = OutputFolder(config.out)
@@ -67,7 +68,7 @@ def train(config: RunConfig) -> Result:
                 curves.end(result)
                 return result
             except KeyboardInterrupt:
-                raise Interrupted(resume_command(folder)) from None
+                raise stopped_at_once(folder, session.trainer.step) from None
 
 
 def continued(started: RunConfig, now: RunConfig) -> RunConfig:
@@ -75,6 +76,12 @@ def continued(started: RunConfig, now: RunConfig) -> RunConfig:
     values = dict(now)
     given = {key: values[key] for key in MAY_DIFFER & now.model_fields_set}
     return started.model_copy(update={**given, "out": now.out, "resume": True})
+
+
+def stopped_at_once(folder: OutputFolder, step: int) -> Interrupted:
+    """After a second Ctrl-C: what it says of saving is what is on disk."""
+    saved = newest_step(folder.checkpoints)
+    return Interrupted(resume_command(folder), None if 0 < saved == step else saved)
 
 
 def resume_command(folder: OutputFolder) -> str:
