@@ -94,6 +94,9 @@ def search(
         options: any field of RunConfig but those of files (data, out, resume, save_every, track) and of loading the
             model (device, dtype, quantize); layers that are in 4 bits already are trained as they are.
 
+    Returns:
+        The rank, why, the curve it was read off, and a ready LoraConfig.
+
     Raises:
         RankraceError: faults in the rows or the options.
     """

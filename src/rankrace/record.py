@@ -158,6 +158,7 @@ def decision_of(session: Session) -> Decision:
         lr_scale=look.lr_scale,
         lr_edge=lr_edge(session),
         chance=look.chance,
+        gain=look.verdict.gain,
     )
 
 

@@ -106,6 +106,8 @@ class Decision(_Record):
     """Whether that is the smallest or the largest of those tried."""
     chance: Measured = None
     """Difference of two trainings that are alike but for their initial factors (--twin), nats."""
+    gain: Measured = None
+    """By how much the best rank's loss was below the base's then, on the examples that chose, nats."""
 
 
 class LearningRate(_Record):

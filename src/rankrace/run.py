@@ -31,6 +31,9 @@ SAVES = 20
 def train(config: RunConfig) -> Result:
     """Runs, or resumes, to the end.
 
+    Returns:
+        What result.json holds; of a run that was finished already what it held.
+
     Raises:
         RankraceError: something the user can put right; nothing half-written is left.
         Interrupted: Ctrl-C; the run was saved first. After a second one it goes on from its last checkpoint, if there

@@ -31,7 +31,7 @@ from rankrace.training.model import PackedModel
 from rankrace.training.recompute import recompute_blocks
 
 FRESH_LEAST = 10
-"""With fewer examples than this in each half, validation is not halved."""
+"""With fewer examples than this in either half, validation is not halved."""
 
 QUANTIZED: dict[str, list[str]] = {
     kind: [
@@ -192,7 +192,11 @@ def recipe_of(config: RunConfig, micro_tokens: int) -> Recipe:
 
 
 def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list[Encoded], list[Encoded], list[str]]:
-    """Validation → examples that choose, and fresh ones that only report. Whole documents on either side."""
+    """Validation → examples that choose, and fresh ones that only report. Whole documents on either side.
+
+    Returns:
+        Both; where either half would have fewer than FRESH_LEAST, all the examples twice, and a note of why.
+    """
     groups = np.unique([e.group for e in examples])
     order = np.random.Generator(np.random.Philox(seed)).permutation(groups)
     members: dict[int, list[Encoded]] = {g: [] for g in groups}
@@ -207,9 +211,13 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
             fresh += members[g]
     if min(len(looked), len(fresh)) >= FRESH_LEAST:
         return looked, fresh, []
+    why = f"is too small to halve: it has {len(examples)} examples"
+    if len(examples) >= 2 * FRESH_LEAST:
+        largest = max(map(len, members.values()))
+        why = f"is not halved: documents stay whole, and {largest} of its {len(examples)} examples are of one"
     return list(examples), list(examples), [
-        "The validation set is too small to halve: the final loss is measured on the examples that chose the "
-        "rank, and is optimistic."
+        f"The validation set {why}. Each look measures all of them, and so does the final loss: on the examples that "
+        "chose the rank it is optimistic."
     ]  # fmt: skip
 
 

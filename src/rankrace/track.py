@@ -100,9 +100,9 @@ class Curves:
             found[look.step] |= {f"validation/lr x{tried.lr_scale:g}": tried.loss for tried in look.rates}
             found[look.step]["rank"] = look.verdict.pick
         for entry in self.state.entries:
-            known = max(0, self.step - entry.began)
+            known, key = max(0, self.step - entry.began), f"train/rank {self.name(entry)}"
             for step, loss in enumerate(entry.losses[known:], start=entry.began + known + 1):
-                found[step][f"train/rank {self.name(entry)}"] = loss
+                found[step][key] = loss
         for step in sorted(found):
             self.tracker.log(step, found[step])
         self.step, self.looks = max([self.step, *found]), len(self.state.looks)
