@@ -173,7 +173,16 @@ def test_a_checkpoint_brings_them_back_bit_for_bit(search: Search, tmp_path: Pat
     class Data:
         sha256 = "of the rows"
 
-    session = Session(config=None, data=Data(), trainer=trainer, search=search, fresh=[], base_fresh=None, notes=[])  # type: ignore[arg-type]
+    session = Session(
+        config=None,
+        data=Data(),
+        trainer=trainer,
+        search=search,
+        fresh=[],
+        base_fresh=None,
+        base_seconds=0.0,
+        notes=[],
+    )  # type: ignore[arg-type]
     save_checkpoint(tmp_path, trainer.step, session.tensors(), {"session": json.loads(json.dumps(session.state()))})
     list(steps(search, 3))
     assert trainer.average is not None

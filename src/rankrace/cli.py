@@ -84,7 +84,7 @@ def main() -> None:
         err.print(f"error: {error}", markup=False, soft_wrap=on_one_line)
         sys.exit(2)
     except Interrupted as stop:
-        err.print(f"Stopped and saved. Go on with:\n  {stop.resume}", markup=False, soft_wrap=True)
+        err.print(f"{stop.said}\n  {stop.resume}", markup=False, soft_wrap=True)
         sys.exit(130)
     if code == 130:  # Ctrl-C as Typer reports it
         err.print("Stopped.")

@@ -19,6 +19,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.data.pack import validation_batches
+from rankrace.loading import load
 from rankrace.plan import (
     FREE_SHARE,
     LEAST_TOKENS,
@@ -30,7 +31,6 @@ from rankrace.plan import (
     ranks_measured,
 )
 from rankrace.progress import Progress, peak_bytes
-from rankrace.run import load
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.opening import SHARE
 from rankrace.select.race import HEATS, MOST

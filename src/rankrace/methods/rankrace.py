@@ -11,7 +11,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
 from rankrace.methods.method import Anywhere, Described, Running
-from rankrace.run import reason_of
+from rankrace.record import reason_of
 from rankrace.select.learning_rate import default_lr
 from rankrace.session import Session, prepare
 from rankrace.training.loop import Trainer

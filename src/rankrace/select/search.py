@@ -17,6 +17,7 @@ from rankrace.bank import Bank, Candidates, Spectrum, allocate
 from rankrace.data.encoded import Encoded
 from rankrace.select.objective import Held, Source, Trial
 from rankrace.select.strategy import Cut, Keep, Look, Strategy
+from rankrace.training.device import wait_for
 from rankrace.training.loop import Trainer
 
 
@@ -127,12 +128,14 @@ class Search:
             self.take_look()
 
     def take_look(self) -> None:
-        began = time.perf_counter()
         self.read_losses()
+        wait_for(self.trainer.bank.device)  # the steps that are still queued are no part of the look
+        began = time.perf_counter()
         look = self.strategy.look(self.trainer.step, self.state.looks, self)
         self.apply(look)
         self._spectra = ((-1, -1), {})
         self.state.looks.append(look)
+        wait_for(self.trainer.bank.device)  # cuts are
         self.state.look_seconds += time.perf_counter() - began
 
     def apply(self, look: Look) -> None:
@@ -178,7 +181,10 @@ class Search:
         """Moves the losses of finished steps from the device into the record; one wait for many steps."""
         if not self._unread:
             return
-        for column, entry in zip(torch.stack(self._unread).T.tolist(), self.running, strict=True):
+        began = time.perf_counter()
+        columns = torch.stack(self._unread).T.tolist()
+        self.trainer.seconds += time.perf_counter() - began  # the host was ahead: the steps end only now
+        for column, entry in zip(columns, self.running, strict=True):
             entry.losses += column
             entry.steps += len(column)
         self._unread = []

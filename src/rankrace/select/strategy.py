@@ -104,7 +104,7 @@ class Bench(Protocol):
         ...
 
     def averaged(self) -> list[Trial]:
-        """The average of each present candidate over its later steps (train/average.py)."""
+        """The average of each present candidate over its later steps (training/average.py)."""
         ...
 
     def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:

@@ -63,6 +63,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("step-")))
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest whole checkpoint; 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in checkpoints(folder)), default=0)
+
+
 @contextmanager
 def written_whole(final: Path) -> Iterator[Path]:
     """A folder to write into, which takes its name only when all of it is on disk.

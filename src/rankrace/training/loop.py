@@ -13,7 +13,7 @@ Shapes: K candidates, S targets of a packed row, N examples of a set.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ MOST_SIZES = 16
 """Of CUDA graphs."""
 SIZED_EPOCHS = 8
 """So many are looked through for the sizes of rows; beyond them a row larger than all is rare."""
+OPTIMIZER = "optimizer."
+"""Before the names of its tensors in a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,10 +307,46 @@ class Trainer(Generic[B]):
             f"{self.step + 1}: taken again, from now on with at most {budget:,} tokens a pass."
         )
 
+    # --- checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the optimiser and the average; the values are the bank's own matter."""
+        optimizer = {OPTIMIZER + name: tensor for name, tensor in self.optimizer.state().items()}
+        return optimizer if self.average is None else {**optimizer, "average": self.average.mean.all_KP}
+
+    def state(self) -> dict[str, Any]:
+        """What is no tensor."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "averaged": None if self.average is None else self.average.steps,
+            "notes": self.notes,
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Goes on from there with the bank's values, once they are those of that moment and `begin` was called.
+
+        Older checkpoints hold no notes, and some nothing of an average.
+        """
+        moments = {n.removeprefix(OPTIMIZER): x for n, x in tensors.items() if n.startswith(OPTIMIZER)}
+        self.optimizer.load_state(moments)
+        if state.get("averaged") is not None:
+            self.average = Average(self.bank.values)
+            self.average.steps = state["averaged"]
+            self.average.mean.all_KP.copy_(tensors["average"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        earlier = state.get("notes", [])
+        self.notes = [*earlier, *(note for note in self.notes if note not in earlier)]
+
     # --- measuring
 
     def measure(self, examples: Sequence[Encoded]) -> Measured:
-        """The bank's candidates (or, switched off, the base) on held-out examples; dropout is off."""
+        """The bank's candidates (or, switched off, the base) on held-out examples; dropout is off.
+
+        Raises:
+            RankraceError: out of memory, and passes cannot be smaller.
+        """
         while (measured := self.attempt(lambda: self.measure_all(examples))) is None:
             pass
         return measured
