@@ -3,7 +3,9 @@
 Legend: K candidates, T tokens of a packed row, S targets in it, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples import examples
-from rankrace.bank import Bank
+from rankrace.bank import Bank, Candidates
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch
+from rankrace.errors import RankraceError
 from rankrace.select.objective import Held, Objective, log2_penalty
 from rankrace.select.search import Search, Setting
 from rankrace.select.shrink import Shrink
@@ -136,8 +139,8 @@ def test_candidates_measured_one_after_another_need_the_memory_of_one() -> None:
     assert step(RANKS, SIDE_BY_SIDE, train=False).peak >= 3 * alone.peak
 
 
-def test_a_look_holds_the_cuts_that_run_side_by_side() -> None:
-    """The others would only wait: the same losses, in less memory."""
+def test_a_look_holds_the_cuts_that_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would only wait: the same losses, in less memory. And fewer at once where there is none for more."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
                          num_attention_heads=4, max_position_embeddings=LENGTH)  # fmt: skip
@@ -170,6 +173,22 @@ def test_a_look_holds_the_cuts_that_run_side_by_side() -> None:
         assert np.abs(other[0] - together[0]).max() < 1e-9
     assert len(set(together[0].sum(1).round(9))) == len(ranks)
     assert in_turn[1] < 0.3 * together[1]
+
+    most, truncations = 2, Candidates.truncations
+    asked: list[int] = []
+
+    def limited(candidates: Candidates, k: int, cuts: Sequence[int], *others: Any) -> Candidates:
+        asked.append(len(cuts))
+        if len(cuts) > most:
+            raise torch.OutOfMemoryError("planted")
+        return truncations(candidates, k, cuts, *others)
+
+    monkeypatch.setattr(Candidates, "truncations", limited)
+    assert np.abs(look(tokens * len(ranks))[0] - together[0]).max() < 1e-9
+    assert asked == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    most = 0
+    with pytest.raises(RankraceError, match="cut to rank 1 does not fit on cpu"):
+        look(tokens)
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from rankrace.bank import Bank, Candidates, Spectrum, allocate
 from rankrace.data.encoded import Encoded
+from rankrace.errors import RankraceError
 from rankrace.select.objective import Held, Source, Trial
 from rankrace.select.strategy import Cut, Keep, Look, Strategy
 from rankrace.training.device import wait_for
 from rankrace.training.loop import Trainer
+from rankrace.training.memory import free_caches, out_of_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,14 +223,39 @@ class Search:
         if not self.finite(index):
             lost_N = np.full(len(self.examples), np.nan)
             return [Trial(rank=r, loss_N=lost_N, source="truncated") for r in ranks]
-        trials = []
+        trials, left = [], list(ranks)
         # Cuts that would only wait for others take memory for nothing.
-        abreast = self.trainer.abreast_on(self.examples, len(ranks))
-        for k in range(0, len(ranks), abreast):
-            some = ranks[k : k + abreast]
-            with self.trainer.bank.borrowed(self.cut(index, some)):
-                trials += self.trials(some, "truncated")
+        together = self.trainer.abreast_on(self.examples, len(ranks))
+        while left:
+            some = left[:together]
+            found = self.cut_and_measured(index, some)
+            if found is None:
+                together = len(some) // 2
+                continue
+            trials, left = trials + found, left[together:]
         return trials
+
+    def cut_and_measured(self, index: int, ranks: Sequence[int]) -> list[Trial] | None:
+        """None: there is no memory for so many cuts beside each other.
+
+        Raises:
+            RankraceError: not even for one.
+        """
+        try:
+            with self.trainer.bank.borrowed(self.cut(index, ranks)):
+                return self.trials(ranks, "truncated")
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Out here the error is gone, and with it the frames that held what was made.
+        free_caches()
+        if len(ranks) == 1:
+            raise RankraceError(
+                f"out of memory: a candidate cut to rank {ranks[0]} does not fit on {self.trainer.bank.device}",
+                why="a look holds one cut at least, beside what trains",
+                fix="smaller --ranks, --quantize nf4, a smaller model, or a device with more memory",
+            )
+        return None
 
     def pooled(self, index: int, rank: int) -> tuple[Trial, dict[str, int]]:
         costs, whole = self.trainer.bank.costs, self.spectra(index)
