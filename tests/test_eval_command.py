@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,12 @@ def chosen_by_peft(adapter: Path, rows: list[dict[str, Any]]) -> tuple[float, fl
     adapted = share()
     with model.disable_adapter():
         return adapted, share()
+
+
+def test_evaluating_does_not_need_the_bench() -> None:
+    """The bench builds on it; the other way round would be a circle."""
+    code = "import sys, rankrace.evaluate.command; print([n for n in sys.modules if n.startswith('rankrace.bench')])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_bad_input(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rankrace.bench.rows import data_root, documents
 from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Task as Kind
@@ -22,7 +21,7 @@ from rankrace.merge import attached, description, labels
 from rankrace.methods.parameters import Parameters
 from rankrace.select.statistics import paired_difference
 from rankrace.session import chosen_device, chosen_dtype, recipe_of
-from rankrace.tasks import Task, find_task
+from rankrace.tasks import Task, data_root, documents, find_task
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel, load_tokenizer, readable
 

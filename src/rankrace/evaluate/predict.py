@@ -86,14 +86,3 @@ def likeliest(trainer: Trainer[Any], choices: Sequence[Sequence[Encoded]]) -> li
     loss_N = trainer.measure([e for options in choices for e in options]).loss_KN[0]
     ends = np.cumsum([len(options) for options in choices])[:-1]
     return [int(np.argmin(part)) for part in np.split(loss_N, ends)]
-
-
-def row_scores(task: Task, predictions: Sequence[str], rows: Rows) -> list[float]:
-    """A score for each row, for paired comparisons: whether it is right, or its share of the task's first metric.
-
-    F1 and Matthews' correlation of a whole set are no means over rows; there, too, a row is right or not.
-    """
-    if task.kind == "generation":
-        pairs = zip(predictions, rows, strict=True)
-        return [round(task.score([p], [row])[task.metrics[0]] / 100, 4) for p, row in pairs]
-    return [float(p.strip() == row["answers"][0]) for p, row in zip(predictions, rows, strict=True)]
