@@ -31,7 +31,7 @@ from rankrace.bench.record import Record, provenance
 from rankrace.bench.store import Store, due
 from rankrace.bench.table import Table, build, t_half_width
 from rankrace.errors import RankraceError
-from rankrace.tasks import find_task
+from rankrace.tasks import TASKS, Splits, find_task
 from tinyfolder import tiny_bert, tiny_llama
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -147,6 +147,20 @@ def test_generated_answers_chosen_letters_and_runs_in_processes_of_their_own(tmp
     assert set(medqa["metrics"]) == {"accuracy", "generated_accuracy"}
     assert squad["peak_bytes"] > 2**20
     assert record(tmp_path, "squad2--base--seed0--lr1")["parameters"] == 0
+
+
+def test_rows_of_stsb_tell_methods_apart(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metrics are of the whole set: what a record keeps of a row is how close the number is."""
+    train, validation, test = (
+        [{"prompt": f"{part} {n}:", "completion": f" {n}.0", "answers": [f"{n}.0"]} for n in range(6)]
+        for part in ("train", "validation", "test")
+    )
+    splits = Splits(train=train, validation=validation, test=test, how="made up")
+    monkeypatch.setitem(TASKS, "stsb", replace(TASKS["stsb"], read=lambda *_: splits))
+    monkeypatch.setattr("rankrace.bench.job.predict", lambda *_, **__: ["0.0", "1.0", "2.0", "3.0", "4.0", "0.0"])
+    ran = run(written(tmp_path, llama, methods=["base"], tasks=["stsb"]), "--slots", 0)
+    assert "0 of them failed" in ran.out, ran.err
+    assert record(tmp_path, "stsb--base--seed0--lr1")["rows"] == [1, 1, 1, 1, 1, 0]
 
 
 def test_an_empty_answer_to_every_question_of_squad2_scores_54_7(data_root: Path) -> None:
@@ -366,6 +380,12 @@ def test_a_rate_at_the_edge_is_gone_beyond(tmp_path: Path, bert: Path) -> None:
     assert next_of("lora-r16") == ["44"], "no further than asked"
 
 
+def test_a_single_scale_is_used(tmp_path: Path, bert: Path) -> None:
+    """Untuned; the base has no rate to scale."""
+    read = read_experiment(written(tmp_path, bert, methods=["base", "full"], tasks=["rte"], tuning={"scales": [0.5]}))
+    assert [job.key for job in due(read, {})] == ["rte--base--seed0--lr1", "rte--full--seed0--lr0.5"]
+
+
 def test_a_sitting_ends_with_whole_columns(tmp_path: Path, bert: Path) -> None:
     """Task by task: the tuning, then all methods seed by seed. What waits for its tuning is not held up for."""
     read = read_experiment(written(tmp_path, bert, methods=["full", "lora-r8"], tasks=["rte", "cola"], seeds=[0, 1],
@@ -482,6 +502,7 @@ def said(path: Path) -> bytes:
         ({"methods": ["full"], "tasks": ["rte"], "common": {"lr": 1}}, ("'lr'", "tuned")),
         ({"methods": ["full"], "tasks": ["rte"], "test_max": 0}, ("test_max",)),
         ({"methods": [], "tasks": ["rte"]}, ("methods",)),
+        ({"methods": ["full"], "tasks": ["rte"], "tuning": {"scales": [1, 2, 1.0]}}, ("scales", "1 is there twice")),
     ],
 )
 def test_a_bad_experiment_is_refused(
@@ -636,7 +657,7 @@ def test_a_difference_counts_seeds_and_documents() -> None:
     stranger = difference(flat, [made("lora-r8", 7, [0.5] * 50)])
     assert stranger.mean == pytest.approx(5.0)
     assert math.isnan(stranger.se)
-    assert not stranger.tie
+    assert stranger.tie, "what is not known is no difference"
 
 
 def test_the_papers_claims_are_held_against_the_runs() -> None:
@@ -652,6 +673,13 @@ def test_the_papers_claims_are_held_against_the_runs() -> None:
     ]
     runs[-1] = made("shrink", 0, [0.0] * 20 + RIGHT[20:])
     assert "lora-r16 on 0 of 1 tasks (behind: rte -20.0 ± 4.0)" in table_of(runs).claims[0]
+    # No seed in common on CoLA.
+    cola = {"task": "cola", "metrics": {"matthews": 50.0}, "baselines": {}}
+    runs += [made("lora-r16", 0, RIGHT, key="r16cola", **cola), made("shrink", 1, [*RIGHT[1:], 0.0], **cola)]
+    table = table_of(runs)
+    assert "on 0 of 1 tasks (behind: rte -20.0 ± 4.0; no error is known: cola)" in table.claims[0]
+    table = table_of(runs[-2:])
+    assert table.claims[0].startswith("shrink: not to be compared with lora-r16 on cola, no error is known; param")
 
 
 def took(seconds: float, slots: int) -> dict[str, Any]:
