@@ -198,13 +198,13 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
 
 
-def runner_of(experiment: Path, out: Path, slots: int, **streams: Any) -> subprocess.Popen[str]:
-    """`bench run` in a process of its own, that saves after every step."""
+def runner_of(experiment: Path, out: Path, slots: int, save_s: float = 0.0, **options: Any) -> subprocess.Popen[str]:
+    """`bench run` in a process of its own; if not told otherwise it saves after every step."""
     code = (
         "from pathlib import Path; from rankrace.bench.run import run_experiment;"
-        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots={slots}, device='cpu', save_s=0.0)"
+        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots={slots}, device='cpu', save_s={save_s})"
     )
-    return subprocess.Popen([sys.executable, "-c", code], text=True, **streams)
+    return subprocess.Popen([sys.executable, "-c", code], text=True, **options)
 
 
 @pytest.mark.parametrize("slots", [0, 2])
@@ -222,6 +222,43 @@ def test_a_runner_that_is_terminated_saves_its_runs_and_leaves_none(tmp_path: Pa
     assert reached
     time.sleep(0.5)  # some hundred steps
     assert sorted(out.glob("work/*/step-*")) == reached, "a run goes on without its runner"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminal_that_interrupts_or_hangs_up_loses_nothing(
+    tmp_path: Path, bert: Path, number: signal.Signals
+) -> None:
+    """It tells the runner and its processes at once, and the runner tells these again before their step is done: the
+    run in hand is saved all the same, though no checkpoint is due."""
+    slow = {"max_steps": 100_000, "epochs": 100_000, "batch_size": 1000, "train_max": 1000}
+    experiment = written(tmp_path, bert, methods=["full"], tasks=["rte"], common=slow)
+    out = tmp_path / "out"
+
+    def newest() -> int:
+        return max((int(p.name.partition("-")[2]) for p in out.glob("work/*/step-*")), default=0)
+
+    runner = runner_of(experiment, out, slots=1, save_s=5.0, start_new_session=True, stderr=subprocess.PIPE)
+    wait_for(newest)
+    saved = newest()
+    os.killpg(runner.pid, number)
+    _, said = runner.communicate(timeout=60)
+    wait_for(lambda: newest() > saved)
+    assert not list((out / "runs").iterdir()), "what was stopped has not failed"
+    if number == signal.SIGINT:
+        assert "rankrace.interrupt.Interrupted: the same command again" in said
+
+
+def test_an_interrupt_before_the_first_run_is_one_too(tmp_path: Path, bert: Path) -> None:
+    """While its process starts: the server that forks it does not die of it, either."""
+    experiment = written(tmp_path, bert, methods=["full"], tasks=["rte"])
+    out = tmp_path / "out"
+    runner = runner_of(experiment, out, slots=1, start_new_session=True, stderr=subprocess.PIPE)
+    wait_for((out / ".lock").exists)
+    time.sleep(1.0)  # it loads the modules
+    os.killpg(runner.pid, signal.SIGINT)
+    _, said = runner.communicate(timeout=60)
+    assert "rankrace.interrupt.Interrupted: the same command again" in said
+    assert not list((out / "runs").iterdir())
 
 
 def test_a_runner_that_is_killed_loses_only_the_runs_in_hand(tmp_path: Path, bert: Path) -> None:
