@@ -15,7 +15,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +26,10 @@ import yaml
 from commandline import Ran, assert_refused, rankrace
 from rankrace.bench import local, render
 from rankrace.bench.experiment import Job, config_of, read_experiment
-from rankrace.bench.job import perform
+from rankrace.bench.job import Stopped, perform
 from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, sight_of
 from rankrace.bench.paired import difference
+from rankrace.bench.ray import run_ray
 from rankrace.bench.record import Record, provenance
 from rankrace.bench.store import Store, due
 from rankrace.bench.table import Table, build, t_half_width
@@ -283,13 +286,18 @@ def test_a_runner_that_is_killed_loses_only_the_runs_in_hand(tmp_path: Path, ber
 
 
 def test_a_process_on_a_gpu_does_one_run_after_another_until_one_fails(tmp_path: Path, bert: Path) -> None:
-    """On a CPU, where nothing of a run is left on a GPU either. An encoder fails on SQuAD."""
+    """On a CPU, where nothing of a run is left on a GPU either. An encoder fails on SQuAD. One that was killed
+    while it was idle is replaced, too."""
     read = read_experiment(written(tmp_path, bert, methods=["base"], tasks=["rte", "squad2"], seeds=[0, 1]))
     (tmp_path / "out" / "runs").mkdir(parents=True)
     work = Work(experiment=read, folder=tmp_path / "out", device="cpu", save_s=60.0, sharing=2, threads=1)
     slot, context = Slot(gpu=0), multiprocessing.get_context("spawn")
     processes = []
-    for task, seed in (("rte", 0), ("rte", 1), ("squad2", 0), ("rte", 0)):
+    for task, seed in (("rte", 0), ("rte", 1), ("squad2", 0), ("rte", 0), ("rte", 1)):
+        if len(processes) == 4:
+            assert slot.process is not None
+            slot.process.kill()
+            slot.process.join()
         job = Job(method="base", task=task, seed=seed, scale=1.0, tuning=False)
         slot.begin(job, work, context)
         assert slot.process is not None
@@ -300,7 +308,7 @@ def test_a_process_on_a_gpu_does_one_run_after_another_until_one_fails(tmp_path:
         assert done[0]["status"] == ("failed" if task == "squad2" else "done")
     slot.release()
     assert len(set(processes[:3])) == 1
-    assert processes[3] != processes[0]
+    assert len(set(processes)) == 3
 
 
 def test_slots_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,8 +492,11 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.02)
 
 
-def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: Path, llama: Path) -> None:
-    """On a real local cluster; a process of its own, since Ray changes the one that starts it."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_ray_worker_ended_in_mid_run_is_started_again_and_resumes(
+    tmp_path: Path, llama: Path, number: signal.Signals
+) -> None:
+    """On a real local cluster; a process of its own, since Ray changes the one that starts it. SIGTERM: preempted."""
     experiment = written(tmp_path, llama, methods=["lora-r8"], tasks=["sst2"], common={"max_steps": 40, "epochs": 40})
     out = tmp_path / "out"
     code = (
@@ -496,12 +507,50 @@ def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: P
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     key = "sst2--lora-r8--seed0--lr1"
     wait_for(lambda: len(list((out / "work" / key).glob("step-*"))) > 1)
-    os.kill(ray_worker(driver.pid), signal.SIGKILL)
+    os.kill(ray_worker(driver.pid), number)
     printed, _ = driver.communicate(timeout=120)
     assert "(1, 0, 0)" in printed
     done = record(tmp_path, key)
     assert (done["status"], done["steps"]) == ("done", 40)
     assert done["resumed_at"] > 0
+
+
+def test_what_ray_says_of_a_run_is_told_apart(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is no lost worker, a stopped run goes again, and an error of Ray's own ends the sitting."""
+    errors = import_module("ray").exceptions
+
+    def raised(cause: Exception) -> Exception:
+        return errors.RayTaskError("perform", "its traceback", cause).as_instanceof_cause()
+
+    def get(_: object) -> None:
+        raise said.pop(0)
+
+    full = raised(OSError(28, "No space left on device"))
+    said = [raised(Stopped()), full, errors.WorkerCrashedError(), errors.RaySystemError("no scheduler")]
+    cluster = SimpleNamespace(
+        exceptions=errors,
+        init=lambda **_: None,
+        shutdown=lambda: None,
+        remote=lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda experiment, job, *_: job)),
+        wait=lambda jobs, **_: (jobs[:1], []),
+        get=get,
+    )
+    monkeypatch.setattr("rankrace.bench.ray.import_module", lambda _: cluster)
+    read = read_experiment(written(tmp_path, bert, methods=["base"], tasks=["rte"], seeds=[0, 1, 2]))
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+
+    def upcoming(working: set[str]) -> list[Job]:
+        return [job for job in due(read, Store(out).records()) if job.key not in working]
+
+    with pytest.raises(errors.RaySystemError):
+        list(run_ray(read, Store(out), upcoming, "cpu", 60.0, 1))
+    found = Store(out).records()
+    assert {key: one["error"].split(":")[0] for key, one in found.items()} == {
+        "rte--base--seed0--lr1": "OSError",
+        "rte--base--seed1--lr1": "the run's worker was lost 4 times",
+    }
+    assert "No space left" in found["rte--base--seed0--lr1"]["error"]
 
 
 def ray_worker(driver: int) -> int:
