@@ -20,7 +20,7 @@ import torch
 from benchmarks.study import Study, arguments, ended, run_units
 from benchmarks.sweep import OTHER_RATES, RATES
 from rankrace.data.encoded import EncodedSet
-from rankrace.run import decision_of, reason_of
+from rankrace.record import decision_of, reason_of
 from rankrace.session import Session, prepare
 
 ARMS: dict[str, dict[str, Any]] = {

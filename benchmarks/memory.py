@@ -27,7 +27,7 @@ from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded, Task
 from rankrace.data.pack import Size
 from rankrace.plan import candidate_bytes
-from rankrace.run import versions
+from rankrace.record import versions
 from rankrace.training.loop import Recipe, Trainer
 from rankrace.training.memory import gauge, held_bytes, probe
 from rankrace.training.model import PackedModel

@@ -15,7 +15,7 @@ from rankrace.data.encoded import Encoded
 from rankrace.plan import REFINEMENTS, LookPlan, resolved
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.learning_rate import multiplier
-from rankrace.select.shrink import STABLE_LOOKS, Shrink
+from rankrace.select.shrink import STABLE_LOOKS, Shrink, ladder
 from rankrace.session import recipe_of
 from rankrace.training.compiled import compile_blocks, uncompile
 from rankrace.training.loop import Trainer
@@ -67,7 +67,7 @@ class Ours:
         assert isinstance(strategy, Shrink)
         half = len(held) // 2
         looked, fresh = min(plan.looked, half), min(plan.fresh, half)
-        found["look"] = self.look(trainer, strategy.ladder(), held[:looked])
+        found["look"] = self.look(trainer, ladder(strategy.largest), held[:looked])
         found["final"] = self.phase(trainer, (FINAL,))
         useful = 4 * self.weights * found["final"]["tokens"] / found["final"]["step_ms"] / 1e9
         found["final"]["useful_tflops"] = useful

@@ -33,7 +33,7 @@ def run(study: Study) -> dict[str, Any]:
     with bank.off():
         base = trainer.measure(study.looked)
     bank.start(ranks, multipliers(ranks))
-    trainer.start(bank.candidates, [study.lr * x for _, x in arms])
+    trainer.begin([study.lr * x for _, x in arms])
     trainer.follow()
     looks = []
     for share in LOOKS:

@@ -23,8 +23,8 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.data.pack import epoch_batches
+from rankrace.loading import open_session
 from rankrace.progress import Progress
-from rankrace.run import open_session
 from rankrace.session import Session
 from rankrace.training.model import load_model
 
@@ -93,7 +93,7 @@ def config_of(model: Path, data: tuple[Path, Path], **options: Any) -> RunConfig
 
 def run_both(config: RunConfig) -> Run:
     with Progress() as progress:
-        session, _, _ = open_session(config, progress)
+        session, _ = open_session(config, progress)
     losses = [loss_K.item() for loss_K in session.search.run()]
     return Run(session=session, losses=losses, peft=with_peft(session))
 

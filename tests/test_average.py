@@ -155,17 +155,15 @@ def test_averages_are_those_of_the_candidates_that_train(search: Search) -> None
         assert average.loss_N == pytest.approx(itself.loss_N, rel=1e-9)
 
 
-def test_they_are_kept_while_several_candidates_are_compared(search: Search) -> None:
-    """Begun with the opening, dropped with it, begun anew with the racers, and gone with the choice."""
+def test_they_are_kept_while_learning_rates_are_compared(search: Search) -> None:
+    """Begun with the opening and dropped with it: the racers after it are compared as they are."""
     follows = []
     for _ in search.run():
         average = search.trainer.average
         follows.append((len(search.ranks), None if average is None else average.steps))
     assert follows[:4] == [(4, 1), (4, 2), (4, 3), (4, 4)]
-    racing = [steps for count, steps in follows[4:] if count > 1]
-    assert racing == list(range(1, len(racing) + 1))
-    assert follows[-1] == (1, None)
-    assert all((steps is None) == (count == 1) for count, steps in follows)
+    assert any(count > 1 for count, _ in follows[4:])
+    assert all(steps is None for _, steps in follows[4:])
 
 
 def test_a_checkpoint_brings_them_back_bit_for_bit(search: Search, tmp_path: Path) -> None:
@@ -175,7 +173,16 @@ def test_a_checkpoint_brings_them_back_bit_for_bit(search: Search, tmp_path: Pat
     class Data:
         sha256 = "of the rows"
 
-    session = Session(config=None, data=Data(), trainer=trainer, search=search, fresh=[], base_fresh=None, notes=[])  # type: ignore[arg-type]
+    session = Session(
+        config=None,
+        data=Data(),
+        trainer=trainer,
+        search=search,
+        fresh=[],
+        base_fresh=None,
+        base_seconds=0.0,
+        notes=[],
+    )  # type: ignore[arg-type]
     save_checkpoint(tmp_path, trainer.step, session.tensors(), {"session": json.loads(json.dumps(session.state()))})
     list(steps(search, 3))
     assert trainer.average is not None

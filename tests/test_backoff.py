@@ -1,24 +1,32 @@
 """Out of memory half-way: the step is taken again in smaller passes, to the same result. Float64, on a CPU."""
 
+import json
+import os
+import signal
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from commandline import rankrace
 from examples import examples
 from models import CAUSAL, CLASSIFYING, tiny
-from rankrace import RankraceError
+from rankrace import RankraceError, run
 from rankrace.bank import Bank
 from rankrace.data.pack import Packed
 from rankrace.methods.parameters import Parameters
+from rankrace.result import Result
 from rankrace.training.loop import Recipe, Trainer
 from rankrace.training.memory import out_of_memory
 from rankrace.training.model import PackedModel, TokenLosses
 from rankrace.training.passes import Eager
+from tinyfolder import SHORT, SUMS, tiny_llama, write_rows
 
 RANKS = (4, 2, 8)
 RECIPE = Recipe(
@@ -235,3 +243,47 @@ def test_what_the_failed_pass_made_is_let_go_of(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(PackedModel, "losses", watched)
     trained(trainer_of(), until=1)
     assert alive[1] == 0
+
+
+def test_what_happened_before_a_stop_stands_in_the_record(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = tiny_llama(tmp_path / "model", smollm2), write_rows(tmp_path / "sums.jsonl", SUMS)
+    out = tmp_path / "out"
+    given = ("train", "--model", model, "--data", data, *SHORT, "--save-every", 3, "--out", out)
+    save = run.save_checkpoint
+
+    def saved_and_interrupted(*arguments: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(*arguments)
+
+    with monkeypatch.context() as patch:
+        Small(patch, 30)
+        patch.setattr(run, "save_checkpoint", saved_and_interrupted)
+        stopped = rankrace(*given)
+    assert stopped.code == 130, stopped.err
+    assert "Out of memory in a pass of" in stopped.err
+    ended = rankrace(*given, "--resume")
+    assert ended.code == 0, ended.err
+    notes = Result.read(out / "result.json").notes
+    assert sum(note.startswith("Out of memory in a pass of") for note in notes) >= 1
+    assert len(notes) == len(set(notes))
+    assert "Out of memory" not in ended.err, "it was said when it happened"
+
+
+def test_a_checkpoint_brings_the_notes_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this life come after, and none twice; checkpoints of earlier versions have none."""
+    with monkeypatch.context() as patch:
+        Small(patch, 45)
+        trainer = trainer_of()
+        trained(trainer, until=2)
+    assert trainer.notes
+    state = json.loads(json.dumps(trainer.state()))
+    again = trainer_of()
+    again.notes = [trainer.notes[0], "of this life"]
+    again.restore(trainer.tensors(), state)
+    assert again.notes == [*trainer.notes, "of this life"]
+    assert again.step == 2
+    older = trainer_of()
+    older.restore(trainer.tensors(), {name: state[name] for name in ("step", "tokens", "seconds")})
+    assert (older.step, older.notes) == (2, [])

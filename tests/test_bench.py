@@ -846,5 +846,6 @@ def test_a_copy_of_the_code_says_what_it_is_a_copy_of(
     monkeypatch.setenv("RANKRACE_COMMIT", given)
     found = provenance()
     assert (found["commit"], found["dirty"]) == ("c0ffee", dirty)
+    assert len(found["code_sha256"]) == 64
     monkeypatch.delenv("RANKRACE_COMMIT")
     assert provenance()["commit"] != "c0ffee"

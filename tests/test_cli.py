@@ -157,6 +157,8 @@ def test_train_says_what_it_found(causal: Trained, classifying: Trained) -> None
         assert "step 8/8" in trained.ran.err
         assert math.isfinite(result.loss.final)
     assert causal.result.loss.final < causal.result.loss.base
+    assert causal.result.decision.gain is not None
+    assert 0 < causal.result.decision.gain < 2 * (causal.result.loss.base - causal.result.loss.final)
     assert causal.result.labels == []
     assert classifying.result.labels == ["even", "odd"]
 

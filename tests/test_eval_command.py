@@ -143,7 +143,27 @@ def test_lm_eval_on_a_local_task_file(sums: Path, tmp_path: Path) -> None:
     adapted, base = chosen_by_peft(sums, rows)
     assert float(found["acc"]) == pytest.approx(adapted, abs=0.006), "two places are printed"
     assert adapted != base
+    share = adapted / 100 if adapted > 1 else adapted
+    assert float(found["acc_stderr"]) == pytest.approx((share * (1 - share) / 23) ** 0.5, abs=0.006)
     assert_refused(rankrace("eval", sums, "--task", "no_such_task", "--evaluator", "lm-eval"), "no_such_task")
+
+    # Another that has code of its own, and a group of both.
+    (tmp_path / "code.py").write_text("def question(row):\n    return row['question']\n")
+    other = yaml.safe_dump(task | {"task": "tiny_sums_too", "tag": "tiny_tag"})
+    (tmp_path / "too.yaml").write_text(other.replace("'{{question}}'", "!function code.question"))
+    (tmp_path / "group.yaml").write_text(
+        yaml.safe_dump({"group": "tiny_group", "task": ["tiny_sums", "tiny_sums_too"]})
+    )
+    for given in (tmp_path / "too.yaml", tmp_path / "group.yaml"):
+        ran = rankrace("eval", sums, "--task", given, "--evaluator", "lm-eval", "--device", "cpu")
+        assert ran.code == 0, ran.err
+        accuracies = [line for line in ran.out.splitlines() if re.search(r"acc +\d", line)]
+        assert len(accuracies) == (1 if given.name == "too.yaml" else 2), ran.out
+        assert all(float(line.split()[-1]) == pytest.approx(adapted, abs=0.006) for line in accuracies)
+    (tmp_path / "none.yaml").write_text("nothing: here\n")
+    assert_refused(
+        rankrace("eval", sums, "--task", tmp_path / "none.yaml", "--evaluator", "lm-eval"), "names no task"
+    )
 
 
 @torch.no_grad()

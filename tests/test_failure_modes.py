@@ -20,9 +20,9 @@ from models import tiny
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data.encoded import Encoded
+from rankrace.loading import open_session
 from rankrace.progress import Progress
 from rankrace.result import Result
-from rankrace.run import open_session
 from rankrace.select.objective import Held, Objective, linear_penalty, log2_penalty
 from rankrace.select.search import Search, Setting
 from rankrace.select.shrink import Shrink

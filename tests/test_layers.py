@@ -21,9 +21,9 @@ from models import CAUSAL, CLASSIFYING, tiny
 from rankrace.bank import Bank, Candidates, Spectrum, adapter_of, allocate, carried, lora_config, save_adapter
 from rankrace.choose import Selection
 from rankrace.config import RunConfig
+from rankrace.loading import open_session
 from rankrace.merge import merge
 from rankrace.progress import Progress
-from rankrace.run import open_session
 from rankrace.session import Session
 from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
 from rankrace.training.compiled import compile_blocks
@@ -265,7 +265,7 @@ def opened(folder: Path) -> Session:
         max_steps=8, batch_size=8, device="cpu", dtype="float32",
     )  # fmt: skip
     with Progress() as progress:
-        session, _, _ = open_session(config, progress)
+        session, _ = open_session(config, progress)
     return session
 
 

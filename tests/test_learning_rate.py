@@ -2,6 +2,8 @@
 
 import pytest
 
+from rankrace.config import RunConfig
+from rankrace.methods.peft_lora import PeftLora
 from rankrace.select.learning_rate import REFERENCE_RANK, Scaling, default_lr, lr_for, multiplier
 
 RANKS = [1, 2, 3, 8, 12, 16, 49, 64, 1024]
@@ -43,3 +45,11 @@ def test_the_default_rate_by_model_width():
     assert default_lr(576) == pytest.approx(1.32e-3, rel=0.01)
     assert default_lr(4096) == pytest.approx(2.86e-4, rel=0.01)
     assert default_lr(1000) / default_lr(2000) == pytest.approx(2**0.78)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_rslora_takes_one_rate_as_a_strategy_and_as_a_method(rank: int) -> None:
+    """The default was found with α/r. With α/√r a step of the factors moves the update √r times as far."""
+    lr = lr_for(rank, default_lr(576, "rslora"), 32.0, "rslora", {})
+    assert lr == pytest.approx(default_lr(576) * rank**-0.25)
+    assert PeftLora(name="x", rank=rank, rslora=True).default_lr(576, RunConfig(model="m", data="d")) == lr

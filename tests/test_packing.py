@@ -211,6 +211,45 @@ def test_all_passes_are_captured_before_the_first_one(micro_tokens: int, monkeyp
     assert len(tokens) == len(trainer.passes.sizes) * (1 if micro_tokens == 400 else 2)
 
 
+def test_memory_that_runs_out_while_passes_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that is captured is blamed, not the row at hand; the result is the same."""
+    MOST = 150
+
+    class Failing(Replayed):
+        def __init__(self, eager: Eager, row: Packed, active: slice, share: Tensor, pool: object) -> None:
+            if row.size.tokens * (active.stop - active.start) > MOST:
+                raise torch.OutOfMemoryError("planted")
+            super().__init__(eager, row, active, share, pool)
+
+    def trained(graphs: bool) -> tuple[Tensor, Trainer]:
+        model, _ = model_of("llama")
+        trainer = Trainer(model, examples(40, seed=5), replace(RECIPE, epochs=1, micro_tokens=400, graphs=graphs))
+        trainer.start(model.bank.candidates, (1e-2, 1e-2))
+        sizes = [size.tokens for size in trainer.passes.sizes] if isinstance(trainer.passes, Graphs) else []
+        losses = torch.stack([loss_K.clone() for loss_K in trainer.run(trainer.total)])
+        if graphs:
+            assert f"in a pass of {2 * sizes[-1]:,} tokens ({sizes[-1]:,} × 2) at step 1" in trainer.notes[0]
+        return losses, trainer
+
+    expected, _ = trained(False)
+    monkeypatch.setattr(passes, "Graph", Failing)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    losses, trainer = trained(True)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
+    assert trainer.recipe.micro_tokens <= MOST
+
+
+def test_rows_of_later_epochs_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = model_of("llama")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    trainer = Trainer(model, examples(40, seed=5), replace(RECIPE, epochs=6, micro_tokens=400, graphs=True))
+    assert isinstance(trainer.passes, Graphs)
+    rows = trainer.sizes(trainer.total)
+    assert all(any(size.holds(row) for size in trainer.passes.sizes) for row in rows)
+    first = size_buckets(trainer.sizes(), len(trainer.passes.sizes))
+    assert not all(any(size.holds(row) for size in first) for row in rows), "the first epoch tells all"
+
+
 def test_every_row_fits_into_a_bucket() -> None:
     rng = torch.Generator().manual_seed(0)
     drawn = torch.randint(1, 200, (300, 16), generator=rng)

@@ -13,12 +13,14 @@ import pytest
 from pydantic import TypeAdapter
 
 from curves import Curves, held_out
+from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
+from rankrace.plan import ranks_looked_at
 from rankrace.select.objective import Objective, linear_penalty, log2_penalty
 from rankrace.select.race import MOST, WORSE, Race
 from rankrace.select.reason import is_confident, reason
 from rankrace.select.search import SearchState
-from rankrace.select.strategy import Cut, Keep, Look, Start, Strategy
+from rankrace.select.strategy import Cut, Keep, Look, Start, Strategy, Train
 
 WIDE = 64
 GRID = (2, 4, 8, 16, 32)
@@ -231,9 +233,18 @@ def test_nobody_is_dropped_for_an_error_that_is_unknown():
     healed = {2: 2.1, 4: 2.002, 8: 2.0, 16: 2.1}
     measured = bench(lambda rank: 2.0 + 1.0 / rank, lambda rank: healed.get(rank, 9.0))
     measured.held = held_out(400, clusters=1)
-    _, going = play(race(SHARED, ranks=(2, 4, 8, 16)), measured)
-    assert going[1] == (2, 4, 8)
+    looks, going = play(race(SHARED, ranks=(2, 4, 8, 16)), measured)
+    assert going[1] == going[2] == (2, 4, 8)
+    assert looks[2].action == Train(), "where all stay nothing is copied"
     assert going[-1] == (4,)
+
+
+@pytest.mark.parametrize("ranks", [(16,), (4, 16), GRID])
+def test_its_first_look_is_planned_for(ranks: tuple[int, ...]):
+    measured = bench(knee(1))
+    play(race(ranks=ranks), measured)
+    config = RunConfig(model="m", data="d", strategy="race", ranks=ranks)
+    assert len(measured.asked) == ranks_looked_at(config)
 
 
 # --- candidates that failed

@@ -168,9 +168,9 @@ def test_the_headline_says_the_choice_and_what_it_gave():
 
 def test_the_costs_add_up():
     cells = [text for tag, text in page("usual")[1].texts if tag == "td"]
-    start = cells.index("Training")
+    start = cells.index("Loading and training")
     assert cells[start : start + 11] == [
-        *("Training", "6 min 16 s", "91%"),
+        *("Loading and training", "6 min 16 s", "91%"),
         *("Search", "11.3 s", "2.7%"),
         *("Evaluation", "24.8 s", "6.0%"),
         *("Total", "6 min 52 s"),
@@ -204,6 +204,12 @@ def test_the_page_is_written_beside_the_adapter_it_names(tmp_path: Path):
 WARNED = GOLDEN["decision"]
 
 
+def learnt_then(gain: float | None, *, base: float, final: float) -> Result:
+    """At the decision by so much, on the examples that chose; in the end on fresh ones."""
+    loss = {"base": base, "final": final, "final_se": None}
+    return result(decision=WARNED | {"gain": gain}, loss=loss)
+
+
 @pytest.mark.parametrize(
     ("shown", "start"),
     [
@@ -213,8 +219,9 @@ WARNED = GOLDEN["decision"]
         (result(decision=WARNED | {"capped": True}), "Decided at the limit"),
         (result(decision=WARNED | {"confident": False}), "Not confident"),
         (result(loss={"base": 0.5, "final": 0.5, "final_se": None}), "No gain"),
-        (result(loss={"base": 4.0, "final": 5.1, "final_se": None}), "Lost again: at "),
-        (result(loss={"base": 4.0, "final": 2.5, "final_se": None}), "Lost again: at "),
+        (learnt_then(3.2, base=4.0, final=5.1), "Lost again: at "),
+        (learnt_then(3.2, base=4.0, final=2.5), "Lost again: at "),
+        (learnt_then(-0.1, base=4.0, final=4.1), "No gain"),
         (diverged(), "Diverged: rank 128 was"),
     ],
 )
@@ -231,6 +238,19 @@ def test_the_page_says_the_doubts():
 
 def test_a_clean_run_has_no_warning():
     assert warnings(result()) == []
+
+
+def test_gains_are_compared_each_on_its_own_examples():
+    """Those of the report are harder here than those that chose: 0.769 then, which was 0.3 below the base."""
+    assert next(p["loss"] for p in GOLDEN["curve"] if p["rank"] == 32) == pytest.approx(0.769, abs=1e-4)
+    assert warnings(learnt_then(0.3, base=1.687, final=1.4)) == []
+    assert warnings(learnt_then(0.3, base=1.687, final=1.54))[0].startswith("Lost again: at ")
+    # And easier here, where half of what was learnt is lost again although the loss is lower than it was.
+    assert warnings(learnt_then(0.3, base=0.7, final=0.65))[0].startswith("Lost again: at ")
+
+
+def test_a_record_of_before_there_was_a_gain_is_not_said_to_have_lost_it():
+    assert warnings(learnt_then(None, base=1.687, final=1.6)) == []
 
 
 def test_drawings_are_deterministic_and_themed():

@@ -29,12 +29,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from commandline import rankrace
 from rankrace.cli import main
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.interrupt import Interrupts
 from rankrace.run import continued
 from rankrace.training.checkpoint import load_checkpoint, save_checkpoint, written_whole
+from rankrace.training.loop import Trainer
 from tinyfolder import tiny_llama
 
 STEPS, SAVE_EVERY = 21, 2
@@ -278,7 +280,8 @@ def test_killed_in_every_part_of_a_race(runs: Runs, undisturbed: Callable[[str],
         found = load_checkpoint(out / "checkpoints")
         assert found is not None
         tensors, state = found[0], found[1]["session"]
-        assert ("average" in tensors) == (state["averaged"] is not None) == (len(state["ranks"]) > 1)
+        comparing_rates = not state["search"]["looks"]
+        assert ("average" in tensors) == (state["averaged"] is not None) == comparing_rates
         parts.append(tuple(state["ranks"]))
         assert runs([*arguments, str(STEPS)], out).code == 0
         same(out, expected)
@@ -298,6 +301,14 @@ def test_a_kill_at_every_operation_of_a_save_leaves_a_whole_checkpoint(runs: Run
     again, new = map(int, (tmp_path / "log").read_text().split())
     assert again >= 8
     assert new >= 8
+
+
+def test_the_newest_checkpoint_beyond_a_million_steps(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        save_checkpoint(tmp_path, step, {"x": torch.zeros(1)}, {"step": step})
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert found[1]["step"] == 1_000_000
 
 
 def test_others_may_read_what_is_written_as_the_system_says(tmp_path: Path) -> None:
@@ -342,6 +353,44 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(
     assert steps_saved(out)[-1] % SAVE_EVERY, "saved at a regular time only"
     assert runs(printed_command(stopped.said), out).code == 0
     same(out, undisturbed(strategy))
+
+
+def interrupted_twice(at: int) -> Callable[[Trainer, Any], torch.Tensor]:
+    """A step during which a person presses Ctrl-C twice."""
+    take_step = Trainer.take_step
+
+    def step(trainer: Trainer, batch: Any) -> torch.Tensor:
+        if trainer.step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(trainer, batch)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        (0, "Stopped before anything was saved. Begin again with:"),
+        (1, "Stopped before anything was saved. Begin again with:"),
+        (2, "Stopped and saved. Go on with:"),
+        (3, "Stopped at once; what came after step 2 is lost. Go on from there with:"),
+    ],
+)
+def test_a_second_ctrl_c_says_what_was_saved(
+    at: int, said: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert SAVE_EVERY == 2
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", interrupted_twice(at))
+        stopped = rankrace(*runs.arguments("shrink", out))
+    assert stopped.code == 130
+    assert stopped.err.splitlines()[-2] == said
+    command = shlex.split(stopped.err.splitlines()[-1])[1:]
+    ended = rankrace(*command, "--save-every", STEPS)
+    assert ended.code == 0, ended.err
+    assert ("Resumed after step" in ended.err) == (at >= SAVE_EVERY)
 
 
 def test_ctrl_c_while_finishing_prints_the_command_too(

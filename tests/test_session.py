@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from examples import examples
 from rankrace.plan import LookPlan
 from rankrace.session import divide
@@ -31,5 +33,17 @@ def test_no_more_than_planned() -> None:
 def test_too_few_to_halve_is_said() -> None:
     looked, fresh, notes = divide(ROWS[:18], PLAN, seed=0)
     assert looked == fresh == ROWS[:18]
-    assert "too small to halve" in notes[0]
+    assert "too small to halve: it has 18 examples" in notes[0]
     assert "optimistic" in notes[0]
+
+
+@pytest.mark.parametrize(("large", "rest"), [(60, 0), (55, 5)])
+def test_one_document_that_holds_too_much_is_said(large: int, rest: int) -> None:
+    """Whichever document comes first."""
+    rows = [replace(e, group=0 if e.row < large else e.row) for e in examples(large + rest)]
+    for seed in range(8):
+        looked, fresh, notes = divide(rows, PLAN, seed=seed)
+        assert looked == fresh == rows
+        assert f"is not halved: documents stay whole, and {large} of its 60 examples are of one." in notes[0]
+        assert "too small" not in notes[0]
+        assert "optimistic" in notes[0]

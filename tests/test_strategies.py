@@ -13,12 +13,14 @@ import pytest
 from pydantic import TypeAdapter
 
 from curves import GSM8K_BASE, GSM8K_DIRECT, GSM8K_TRUNCATED, Curves, held_out
+from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
+from rankrace.plan import ranks_looked_at
 from rankrace.select.grid import Grid
 from rankrace.select.objective import Held, Objective, Trial, log2_penalty
 from rankrace.select.reason import is_confident, reason
 from rankrace.select.search import Entry, SearchState
-from rankrace.select.shrink import Shrink
+from rankrace.select.shrink import Shrink, ladder
 from rankrace.select.strategy import Bench, Cut, Keep, Look, Start, Strategy, Train
 
 WIDE, LARGEST = 64, 32
@@ -122,7 +124,7 @@ def test_shrink_finds_a_planted_rank_in_log2_probes(r0: int, objective: Objectiv
     assert looks[-1].edge == ("low" if r0 == 1 else "high" if r0 == LARGEST else None)
     # log2 of the gap below the ladder's pick and of the one above.
     on_ladder = looks[0].verdict.pick
-    probes = len(measured.asked) - 3 * len(strategy.ladder())
+    probes = len(measured.asked) - 3 * len(ladder(LARGEST))
     assert probes <= math.log2(max(1, on_ladder // 2)) + math.log2(on_ladder)
 
 
@@ -133,7 +135,7 @@ def test_the_lowest_point_of_a_valley_is_found_on_either_side_of_the_ladder(r0: 
     measured = bench(valley(r0))
     looks = run(shrink(free), [measured])
     assert looks[-1].verdict.pick == r0
-    assert len(measured.asked) - 3 * len(shrink().ladder()) <= 8
+    assert len(measured.asked) - 3 * len(ladder(LARGEST)) <= 8
 
 
 def test_without_refinement_the_pick_is_on_the_ladder():
@@ -144,9 +146,17 @@ def test_without_refinement_the_pick_is_on_the_ladder():
     assert "integers" not in looks[-1].reason
 
 
+@pytest.mark.parametrize("ranks", [(LARGEST,), (4, LARGEST), (2, 4, 8, 8, LARGEST)])
+def test_its_looks_are_planned_for(ranks: tuple[int, ...]):
+    measured = bench(knee(3))
+    run(shrink(refine=False), [measured])
+    config = RunConfig(model="m", data="d", ranks=ranks)
+    assert len(measured.asked) == 3 * ranks_looked_at(config)
+
+
 def test_the_ladder_ends_on_the_largest_rank():
-    assert Shrink(total_steps=9, wide=24, largest=12, refine=True, objective=ONE_SE).ladder() == [1, 2, 4, 8, 12]
-    assert Shrink(total_steps=9, wide=2, largest=1, refine=True, objective=ONE_SE).ladder() == [1]
+    assert ladder(12) == [1, 2, 4, 8, 12]
+    assert ladder(1) == [1]
 
 
 def test_on_a_noisy_curve_refinement_ends_on_a_measured_rank_that_the_rule_accepts():

@@ -1,6 +1,7 @@
 """--track: what a tracker is told, through the real command line. The trackers are stand-ins that take notes."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -149,6 +150,30 @@ def test_a_tracker_is_told_everything_once(
     else:
         assert notes.settings["name"] == "out"
     assert_told(notes, out)
+
+
+def test_candidates_of_one_rank_have_curves_of_their_own(
+    given: Options, noted: Callable[[str], Notes], tmp_path: Path
+) -> None:
+    """Three learning rates and a twin begin, of rank 8; the chosen one goes on alone, and is cut."""
+    notes, out = noted("mlflow"), tmp_path / "out"
+    ran = train(given, out, "--track", "mlflow", "--lr-scales", "0.5,1,2", "--twin")
+    assert ran.code == 0, ran.err
+    result = Result.read(out / "result.json")
+    openers = [series for series in result.history if series.rank == 8]
+    names = ["8x0.5", "8", "8x2", "8 twin"]
+    for name, series in zip(names, openers, strict=True):
+        told = notes.named(f"train/rank {name}")
+        assert [step for step, _ in told] == list(series.steps)
+        assert [value for _, value in told] == pytest.approx(list(series.losses), rel=1e-5)
+    (cut,) = [series for series in result.history if series.rank != 8]
+    assert [step for step, _ in notes.named(f"train/rank {cut.rank}")] == list(cut.steps), "alone: its rank will do"
+    for tried in result.learning_rates:
+        (told,) = notes.named(f"validation/lr x{tried.scale:g}")
+        assert told[1] == pytest.approx(tried.loss)
+    assert len(result.learning_rates) == 3
+    taken = {name for _, name, _ in notes.values}
+    assert all(re.fullmatch(r"[/\w.\- ]*", name) for name in taken), "what MLflow takes for a name"
 
 
 def test_a_resumed_run_tells_no_step_twice(

@@ -17,12 +17,14 @@ from rankrace.data.encoded import Task
 from rankrace.data.hub import reach_hub
 from rankrace.data.sources import SourceRows
 from rankrace.errors import RankraceError
+from rankrace.loading import open_session, task_of
 from rankrace.options import checked
 from rankrace.progress import Progress
+from rankrace.record import decision_of, reason_of
 from rankrace.report.text import doubts
-from rankrace.run import alarm_if_diverged, decision_of, open_session, reason_of, task_of
 from rankrace.select.objective import Point
 from rankrace.session import Session, prepare
+from rankrace.training.divergence import alarm_if_diverged
 from rankrace.training.model import load_tokenizer, vocabulary_size
 
 NOT_OF_A_SEARCH = {"data", "out", "resume", "save_every", "track", "device", "dtype", "quantize"}
@@ -91,6 +93,9 @@ def search(
         price: what a rank costs, in nats of validation loss, in place of the options' penalty.
         options: any field of RunConfig but those of files (data, out, resume, save_every, track) and of loading the
             model (device, dtype, quantize); layers that are in 4 bits already are trained as they are.
+
+    Returns:
+        The rank, why, the curve it was read off, and a ready LoraConfig.
 
     Raises:
         RankraceError: faults in the rows or the options.
@@ -162,7 +167,7 @@ def lent(model: PreTrainedModel) -> Iterator[None]:
 def search_config(config: RunConfig) -> Selection:
     """The same from names: loads the model and the data that the configuration names; writes nothing."""
     with Progress() as progress:
-        session, _, _ = open_session(config, progress)
+        session, _ = open_session(config, progress)
         return choose(session, progress)
 
 

@@ -84,7 +84,7 @@ def main() -> None:
         err.print(f"error: {error}", markup=False, soft_wrap=on_one_line)
         sys.exit(2)
     except Interrupted as stop:
-        err.print(f"Stopped and saved. Go on with:\n  {stop.resume}", markup=False, soft_wrap=True)
+        err.print(f"{stop.said}\n  {stop.resume}", markup=False, soft_wrap=True)
         sys.exit(130)
     if code == 130:  # Ctrl-C as Typer reports it
         err.print("Stopped.")
@@ -246,7 +246,7 @@ def train(config: RunConfig) -> None:
 
 def say(name: str, text: str) -> None:
     """A line of the result; on a terminal a long one is wrapped beside its name."""
-    line = f"{name:<12}{text}"
+    line = f"{name:<11} {text}"
     if out.is_terminal:
         line = textwrap.fill(line, out.width, subsequent_indent=" " * 12, break_on_hyphens=False)
     out.print(line, markup=False)

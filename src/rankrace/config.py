@@ -34,7 +34,8 @@ class RunConfig(BaseModel):
     validation_fraction: Fraction = 0.1
     """The share of the rows (whole documents) held out where there is no validation split."""
     validation_max: Annotated[int, Field(ge=1)] = 1000
-    """At most this many validation examples are measured at each look."""
+    """At most this many validation examples. A look measures about half of them at most; all, if they are too few to
+    halve."""
     train_max: Annotated[int, Field(ge=1)] | None = None
     """Train on at most this many rows, drawn by the seed."""
     group_column: str | None = None
@@ -94,7 +95,8 @@ class RunConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Examples in one optimiser step."""
     micro_tokens: Annotated[int, Field(ge=1)] | None = None
-    """At most this many tokens in a packed row (no example is cut for it). Default: enough to fill the device."""
+    """At most this many tokens in a pass, over all its candidates (no example is cut for it). Default: enough to fill
+    the device."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning-rate decay after the warm-up, to zero at the end."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03

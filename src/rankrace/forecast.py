@@ -19,17 +19,18 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.data.pack import validation_batches
+from rankrace.loading import load
 from rankrace.plan import (
     FREE_SHARE,
     LEAST_TOKENS,
     LookPlan,
     candidate_bytes,
+    flats_of,
     padding_of,
     ranks_looked_at,
     ranks_measured,
 )
 from rankrace.progress import Progress, peak_bytes
-from rankrace.run import load
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.opening import SHARE
 from rankrace.select.race import HEATS, MOST
@@ -136,9 +137,9 @@ def forecast_of(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: 
     ranks = tuple(one.rank for one in starts)
     K, R = len(ranks), max(ranks)
     bank.start(ranks, [1.0] * K)
-    trainer.start(bank.candidates, [0.0] * K)
+    trainer.begin([0.0] * K)
     cost = probe(trainer.model, data.train.examples)
-    candidates = candidate_bytes(bank, K, R)
+    candidates = candidate_bytes(bank, K, R, flats_of(config))
     # malloc gives little of a probe's memory back: on a host nothing can be read off afterwards.
     workspace = max(0, held_bytes(device) - base - candidates) if device.type == "cuda" else 0
     training, largest = largest_pass(trainer, cost, K)

@@ -6,11 +6,26 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """The run was stopped by the user and saved. `resume` is the command that continues it."""
+    """The user stopped the run.
 
-    def __init__(self, resume: str) -> None:
+    Args:
+        resume: the command that continues it.
+        saved: the step that it will go on after, where steps since then are lost; 0: nothing was saved at all;
+            None: nothing is lost.
+    """
+
+    def __init__(self, resume: str, saved: int | None = None) -> None:
         super().__init__(resume)
-        self.resume = resume
+        self.resume, self.saved = resume, saved
+
+    @property
+    def said(self) -> str:
+        """To the user, before the command."""
+        if self.saved is None:
+            return "Stopped and saved. Go on with:"
+        if self.saved == 0:
+            return "Stopped before anything was saved. Begin again with:"
+        return f"Stopped at once; what came after step {self.saved} is lost. Go on from there with:"
 
 
 class Interrupts:

@@ -15,11 +15,12 @@ from rankrace.data.encoded import Task
 from rankrace.select.build import widest
 from rankrace.select.learning_rate import default_lr, rates_tried
 from rankrace.select.race import HEATS, PROBE
-from rankrace.select.shrink import PLANS
+from rankrace.select.shrink import PLANS, ladder
 from rankrace.training.loop import Trainer
 from rankrace.training.memory import PassCost, free_bytes, free_caches, out_of_memory, probe
 from rankrace.training.model import PackedModel
 from rankrace.training.recompute import recomputing
+from rankrace.training.schedule import steps_of
 
 Switch = Literal["on", "off"]
 
@@ -72,7 +73,7 @@ def resolved(config: RunConfig, data: Data, packed: PackedModel[Bank], task: Tas
     return config.model_copy(
         update={
             "task": task,
-            "lr": config.lr or default_lr(width),
+            "lr": config.lr or default_lr(width, config.scaling),
             "micro_tokens": fitting.with_graphs if graphs == "on" else fitting.plain,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -91,8 +92,7 @@ def compiling(config: RunConfig, data: Data, bank: Bank) -> Switch:
     if bank.device.type != "cuda":
         return "off"
     products = products_seconds(bank, float(data.train.lengths.mean()) * config.batch_size, EAGER)
-    steps = config.epochs * len(data.train) / config.batch_size
-    steps = steps if config.max_steps is None else min(steps, config.max_steps)
+    _, steps = steps_of(len(data.train), config.batch_size, config.epochs, config.max_steps)
     return "on" if steps * max(products, GRAPHS.launch_s * len(bank.layers)) > COMPILE_WORTH else "off"
 
 
@@ -144,7 +144,7 @@ class Fitting:
             return Fitting(plain=tokens, with_graphs=tokens, recompute=config.recompute == "on")
         K, R = starting(config, bank)
         bank.start((R,), (1.0,))
-        room = FREE_SHARE * free_bytes(bank.device) - candidate_bytes(bank, K, R)
+        room = FREE_SHARE * free_bytes(bank.device) - candidate_bytes(bank, K, R, flats_of(config))
         recompute, cost = probed(config, data, packed, room)
         shape = shape_of(packed.model)
 
@@ -202,19 +202,26 @@ def starting(config: RunConfig, bank: Bank) -> tuple[int, int]:
     return len(rates_tried(config.lr_scales)) + config.twin, widest(largest, bank)
 
 
+def flats_of(config: RunConfig) -> int:
+    """Numbers kept for each trainable value: itself, its gradient and two moments, and while learning rates are
+    compared its average."""
+    return 5 if config.strategy != "grid" and (len(rates_tried(config.lr_scales)) > 1 or config.twin) else 4
+
+
 def candidate_bytes(bank: Bank, K: int, R: int, flats: int = 4) -> int:
-    """Of K candidates padded to rank R: values, gradients and two moments, and what the products use.
+    """Of K candidates padded to rank R, and of what the products use.
 
     Args:
-        flats: how many of the four there are.
+        flats: numbers for each trainable value.
     """
     per_value = flats * bank.dtype.itemsize + bank.model.dtype.itemsize
     return K * bank.trainable_parameters(padded(R)) * per_value
 
 
 def ranks_looked_at(config: RunConfig) -> int:
-    """At each look, about."""
-    return len(config.ranks) + 1
+    """At a look, the first one of a race."""
+    ranks = {"shrink": ladder(max(config.ranks)), "race": [1, *config.ranks], "grid": config.ranks}
+    return len(set(ranks[config.strategy]))
 
 
 def ranks_measured(config: RunConfig, looks: int) -> int:

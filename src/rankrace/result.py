@@ -106,6 +106,8 @@ class Decision(_Record):
     """Whether that is the smallest or the largest of those tried."""
     chance: Measured = None
     """Difference of two trainings that are alike but for their initial factors (--twin), nats."""
+    gain: Measured = None
+    """By how much the best rank's loss was below the base's then, on the examples that chose, nats."""
 
 
 class LearningRate(_Record):
@@ -127,13 +129,14 @@ class Candidate(_Record):
 
 
 class Time(_Record):
-    """Wall-clock seconds. What is neither search nor evaluation is the winner's training."""
+    """Wall-clock seconds. What is neither search nor evaluation is the winner's training, and before it loading,
+    checks and compiling."""
 
     total_s: NonNegativeFloat
     search_s: NonNegativeFloat
     """Everything only the choice needed: the losers' steps, validation looks, SVDs."""
     evaluation_s: NonNegativeFloat
-    """Validation outside the search, such as that of the base and of the finished adapter."""
+    """Validation outside the search: of the base model, once in each life of the run, and of the finished adapter."""
 
 
 class Memory(_Record):

@@ -3,6 +3,7 @@
 Shapes: N held-out examples.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,13 @@ from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held, linear_penalty
 from rankrace.select.search import Search, SearchState, Setting
 from rankrace.training.compiled import compile_blocks
+from rankrace.training.device import wait_for
 from rankrace.training.loop import Measured, Recipe, Trainer
 from rankrace.training.model import PackedModel
 from rankrace.training.recompute import recompute_blocks
 
 FRESH_LEAST = 10
-"""With fewer examples than this in each half, validation is not halved."""
+"""With fewer examples than this in either half, validation is not halved."""
 
 QUANTIZED: dict[str, list[str]] = {
     kind: [
@@ -57,14 +59,13 @@ class Session:
     """Held-out examples that choose nothing: the final figures are theirs."""
     base_fresh: Measured
     """The base model on them."""
+    base_seconds: float
+    """What it took to measure the base model, on these and on those that choose."""
     notes: list[str]
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: factors, heads and optimiser."""
-        optimizer = {f"optimizer.{n}": t for n, t in self.trainer.optimizer.state().items()}
-        average = self.trainer.average
-        averaged = {} if average is None else {"average": average.mean.all_KP}
-        return {**self.trainer.bank.candidates.tensors(), **optimizer, **averaged}
+        return {**self.trainer.bank.candidates.tensors(), **self.trainer.tensors()}
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: everything that is not a tensor. There is no random state: see Trainer."""
@@ -72,14 +73,11 @@ class Session:
         self.search.read_losses()
         return {
             "data": self.data.sha256,
-            "step": t.step,
-            "tokens": t.tokens,
-            "seconds": t.seconds,
+            **t.state(),
             "lr": t.lr_K,
             "ranks": c.ranks,
             "layer_ranks": dict(c.layer_ranks),
             "multipliers": c.multipliers,
-            "averaged": None if t.average is None else t.average.steps,
             "search": _state.dump_python(self.search.state, mode="json"),
         }
 
@@ -105,15 +103,7 @@ class Session:
             layer_ranks={n: tuple(ranks) for n, ranks in state["layer_ranks"].items()},
         )
         t.start(candidates, state["lr"])
-        prefix = "optimizer."
-        t.optimizer.load_state({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
-        if state["averaged"] is not None:
-            t.follow()
-            assert t.average is not None
-            t.average.steps = state["averaged"]
-            t.average.mean.all_KP.copy_(tensors["average"])
-        t.step = state["step"]
-        t.tokens, t.seconds = state["tokens"], state["seconds"]
+        t.restore(tensors, state)
         self.search.state = _state.validate_python(state["search"])
 
 
@@ -153,8 +143,11 @@ def prepare(
     price = penalty_of(config, bank) if penalty is None else linear_penalty(1.0, penalty)
     strategy = make_strategy(config, trainer.total, bank, plan.fractions, price)
     looked, fresh, notes = divide(data.validation.examples, plan, config.seed)
+    wait_for(bank.device)
+    began = time.perf_counter()
     with bank.off():
         base_looked, base_fresh = trainer.measure(looked), trainer.measure(fresh)
+    base_seconds = time.perf_counter() - began
     held = Held(
         tokens_N=base_looked.tokens_N,
         cluster_N=np.array([e.group for e in looked]),
@@ -177,6 +170,7 @@ def prepare(
         search=search,
         fresh=fresh,
         base_fresh=base_fresh,
+        base_seconds=base_seconds,
         notes=notes + QUANTIZED[config.quantize] + (FP8_ON_A_HOST if slow else []),
     )
 
@@ -198,7 +192,11 @@ def recipe_of(config: RunConfig, micro_tokens: int) -> Recipe:
 
 
 def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list[Encoded], list[Encoded], list[str]]:
-    """Validation → examples that choose, and fresh ones that only report. Whole documents on either side."""
+    """Validation → examples that choose, and fresh ones that only report. Whole documents on either side.
+
+    Returns:
+        Both; where either half would have fewer than FRESH_LEAST, all the examples twice, and a note of why.
+    """
     groups = np.unique([e.group for e in examples])
     order = np.random.Generator(np.random.Philox(seed)).permutation(groups)
     members: dict[int, list[Encoded]] = {g: [] for g in groups}
@@ -213,9 +211,13 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
             fresh += members[g]
     if min(len(looked), len(fresh)) >= FRESH_LEAST:
         return looked, fresh, []
+    why = f"is too small to halve: it has {len(examples)} examples"
+    if len(examples) >= 2 * FRESH_LEAST:
+        largest = max(map(len, members.values()))
+        why = f"is not halved: documents stay whole, and {largest} of its {len(examples)} examples are of one"
     return list(examples), list(examples), [
-        "The validation set is too small to halve: the final loss is measured on the examples that chose the "
-        "rank, and is optimistic."
+        f"The validation set {why}. Each look measures all of them, and so does the final loss: on the examples that "
+        "chose the rank it is optimistic."
     ]  # fmt: skip
 
 

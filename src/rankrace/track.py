@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.result import Result
-from rankrace.select.search import SearchState
+from rankrace.select.search import Entry, SearchState
 
 PROJECT = "rankrace"
 
@@ -92,18 +92,26 @@ class Curves:
         self.step, self.looks = step, len(state.looks)
 
     def follow(self) -> None:
-        """Tells what is new: training losses by step, validation losses by look, in nats per supervised token."""
+        """Tells what is new: training losses by step, validation losses by look (of learning rates those of averages,
+        as they were compared), in nats per supervised token."""
         found: dict[int, dict[str, float]] = defaultdict(dict)
         for look in self.state.looks[self.looks :]:
             found[look.step] |= {f"validation/rank {p.rank}": p.loss for p in look.verdict.points}
+            found[look.step] |= {f"validation/lr x{tried.lr_scale:g}": tried.loss for tried in look.rates}
             found[look.step]["rank"] = look.verdict.pick
         for entry in self.state.entries:
-            known = max(0, self.step - entry.began)
+            known, key = max(0, self.step - entry.began), f"train/rank {self.name(entry)}"
             for step, loss in enumerate(entry.losses[known:], start=entry.began + known + 1):
-                found[step][f"train/rank {entry.rank}"] = loss
+                found[step][key] = loss
         for step in sorted(found):
             self.tracker.log(step, found[step])
         self.step, self.looks = max([self.step, *found]), len(self.state.looks)
+
+    def name(self, entry: Entry) -> str:
+        """Its rank alone, unless others of that rank begin beside it."""
+        beside = [e for e in self.state.entries if (e.rank, e.began) == (entry.rank, entry.began)]
+        # MLflow takes no ×.
+        return entry.name.replace("×", "x") if len(beside) > 1 else str(entry.rank)
 
     def end(self, result: Result) -> None:
         """Tells what came out."""

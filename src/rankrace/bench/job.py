@@ -20,10 +20,11 @@ from rankrace.evaluate.predict import predict
 from rankrace.interrupt import Interrupts
 from rankrace.methods import Running, find_method
 from rankrace.progress import peak_bytes
-from rankrace.run import alarm_if_diverged, versions
+from rankrace.record import versions
 from rankrace.session import chosen_device, chosen_dtype
 from rankrace.tasks import documents, find_task
 from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
+from rankrace.training.divergence import alarm_if_diverged
 from rankrace.training.model import is_encoder, load_model
 
 SAVE_S = 60.0

@@ -4,12 +4,14 @@ Settings, versions, commit, hardware, data, times, and every test row's score. I
 there and whole, or not there.
 """
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,17 @@ def provenance() -> Record:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": None if changes is None else bool(changes),
+        "code_sha256": code_sha256(),
     }
+
+
+@cache
+def code_sha256() -> str:
+    """Of the package's files as they are: it tells two trees apart that a commit does not."""
+    package, found = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def hardware(device: torch.device) -> Record:

@@ -19,6 +19,10 @@ IGNORED = -100
 """The target that torch's cross-entropy leaves out."""
 
 
+STEP = 32
+"""Tokens: the sizes of rows that others are padded to are multiples of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """Of a packed row."""
@@ -51,7 +55,7 @@ def size_buckets(sizes: Sequence[Size], count: int) -> list[Size]:
     buckets = []
     for low, high in itertools.pairwise(edges):
         group = by_tokens[low:high]
-        tokens, longest = -(-group[-1].tokens // 32) * 32, max(s.longest for s in group)
+        tokens, longest = -(-group[-1].tokens // STEP) * STEP, max(s.longest for s in group)
         buckets.append(
             Size(
                 tokens=tokens,

@@ -18,6 +18,7 @@ from rankrace.methods.peft_lora import shared, trainable, wrapped
 from rankrace.select.learning_rate import default_lr
 from rankrace.training.loop import Trainer
 from rankrace.training.optimizer import Optimizer
+from rankrace.training.schedule import steps_of
 
 WARM, TAIL = 0.1, 0.3
 """The shares of the steps before the first and after the last change of the budget."""
@@ -36,9 +37,7 @@ class AdaLora(Anywhere):
         return default_lr(width)
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
-        per_epoch = -(-len(data.train) // config.batch_size)
-        total = max(1, round(config.epochs * per_epoch))
-        total = total if config.max_steps is None else min(total, config.max_steps)
+        _, total = steps_of(len(data.train), config.batch_size, config.epochs, config.max_steps)
         settings = AdaLoraConfig(
             init_r=self.rank * 3 // 2,
             target_r=self.rank,

@@ -52,18 +52,14 @@ class Fixed:
         return self.trainer.run(self.trainer.total)
 
     def tensors(self) -> dict[str, Tensor]:
-        optimizer = {f"optimizer.{n}": t for n, t in self.trainer.optimizer.state().items()}
-        return {"values": self.trainer.bank.values.all_KP, **optimizer}
+        return {"values": self.trainer.bank.values.all_KP, **self.trainer.tensors()}
 
     def state(self) -> dict[str, Any]:
-        t = self.trainer
-        return {"step": t.step, "tokens": t.tokens, "seconds": t.seconds}
+        return self.trainer.state()
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        t, prefix = self.trainer, "optimizer."
-        t.bank.load(tensors["values"])
-        t.optimizer.load_state({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
-        t.step, t.tokens, t.seconds = state["step"], state["tokens"], state["seconds"]
+        self.trainer.bank.load(tensors["values"])
+        self.trainer.restore(tensors, state)
 
     def described(self) -> Described:
         everything = self.trainer.bank.values.all_KP.numel()

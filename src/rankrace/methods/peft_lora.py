@@ -20,7 +20,7 @@ from rankrace.errors import RankraceError
 from rankrace.methods.fixed import Fixed
 from rankrace.methods.method import Anywhere, Running
 from rankrace.methods.parameters import Parameters
-from rankrace.select.learning_rate import default_lr
+from rankrace.select.learning_rate import default_lr, lr_for
 
 EVA_EXAMPLES, EVA_INPUTS = 64, 2048
 """EVA reads its initial factors off the inputs of the adapted layers: so many training examples, of their tokens at
@@ -33,8 +33,8 @@ COMPARED = 8
 class PeftLora(Anywhere):
     """One row of the table of methods. α and the target modules are those of the configuration.
 
-    The learning rate follows the repository's rule: the default of LoRA, times (s(r)·r / α)^-1/2, so that α/√r
-    (rsLoRA) takes r^-1/4 of it.
+    The learning rate follows the repository's rule (select/learning_rate.py): with α/√r (rsLoRA) it is r^-1/4 of
+    LoRA's.
     """
 
     name: str
@@ -44,8 +44,8 @@ class PeftLora(Anywhere):
     eva: bool = False
 
     def default_lr(self, width: int, config: RunConfig) -> float:
-        scale = self.rank**-0.25 if self.rslora else 1.0
-        return scale * default_lr(width)
+        scaling = "rslora" if self.rslora else "lora"
+        return lr_for(self.rank, default_lr(width, scaling), config.alpha, scaling, {})
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
         lora = LoraConfig(

@@ -11,7 +11,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
 from rankrace.methods.method import Anywhere, Described, Running
-from rankrace.run import reason_of
+from rankrace.record import reason_of
 from rankrace.select.learning_rate import default_lr
 from rankrace.session import Session, prepare
 from rankrace.training.loop import Trainer
@@ -26,7 +26,7 @@ class Rankrace(Anywhere):
         self.name = strategy
 
     def default_lr(self, width: int, config: RunConfig) -> float:
-        return default_lr(width)
+        return default_lr(width, config.scaling)
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
         return Choosing(prepare(config.model_copy(update={"strategy": self.name}), data, model, task))

@@ -54,7 +54,7 @@ def _costs(result: Result) -> list[tuple[str, float, float]]:
     """(what, seconds, share of the total): the three parts add up to the total."""
     time = result.time
     training = max(0.0, time.total_s - time.search_s - time.evaluation_s)
-    parts = [("Training", training), ("Search", time.search_s), ("Evaluation", time.evaluation_s)]
+    parts = [("Loading and training", training), ("Search", time.search_s), ("Evaluation", time.evaluation_s)]
     total = sum(seconds for _, seconds in parts) or 1.0
     return [(name, seconds, seconds / total) for name, seconds in parts]
 

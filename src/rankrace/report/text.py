@@ -66,11 +66,14 @@ def r16_share(result: Result) -> str | None:
 def warnings(result: Result) -> list[str]:
     """What a reader must know before trusting the choice."""
     found = []
-    if (before := loss_when_chosen(result)) is not None and result.loss.final > (before + result.loss.base) / 2:
+    # Each gain is on its own examples: losses of those that chose and of fresh ones differ by more than was lost.
+    then, now = result.decision.gain, result.loss.base - result.loss.final
+    if then is not None and then > 0 and now < then / 2:
         found.append(
-            f"Lost again: at {percent(result.decision.fraction)} of training the validation loss was {loss(before)}, "
-            f"at its end {loss(result.loss.final)}, and {loss(result.loss.base)} without the adapter. Either the "
-            "learning rate is too high for this rank or the training too long: lower --lr or --epochs."
+            f"Lost again: at {percent(result.decision.fraction)} of training the validation loss was {then:.4f} "
+            "below the base model's, on the examples that chose the rank; at its end, on those of the report, it is "
+            f"{abs(now):.4f} {'below' if now >= 0 else 'above'}. Either the learning rate is too high for this rank "
+            "or the training too long: lower --lr or --epochs."
         )
     elif result.loss.final >= result.loss.base:
         found.append(
@@ -83,12 +86,6 @@ def warnings(result: Result) -> list[str]:
         verb = "was" if len(lost) == 1 else "were"
         found.append(f"Diverged: {_named(lost)} {verb} removed when the loss or a gradient was no longer finite.")
     return found
-
-
-def loss_when_chosen(result: Result) -> float | None:
-    """Of the chosen rank at the look that chose it; None if nothing was gained by then, or it was not measured."""
-    found = next((p.loss for p in result.curve if p.rank == result.rank), None)
-    return found if found is not None and found < result.loss.base else None
 
 
 def doubts(rank: int, decision: Decision) -> list[str]:

@@ -8,9 +8,12 @@ REFERENCE_RANK = 16
 """The rank that --lr is meant for."""
 
 
-def default_lr(width: int) -> float:
-    """5e-4·(2000/width)^0.78: LoRA's best peak rate by model width ("LoRA Without Regret", 2025)."""
-    return 5e-4 * (2000 / width) ** 0.78
+def default_lr(width: int, scaling: Scaling = "lora") -> float:
+    """5e-4·(2000/width)^0.78: LoRA's best peak rate by model width ("LoRA Without Regret", 2025), found with α/r.
+
+    With another multiplier the reference rank takes (s(r₀)·r₀ / α)^-1/2 of it, by the same rule as `lr_for`.
+    """
+    return 5e-4 * (2000 / width) ** 0.78 * (multiplier(REFERENCE_RANK, 1.0, scaling) * REFERENCE_RANK) ** -0.5
 
 
 def multiplier(rank: int, alpha: float, scaling: Scaling) -> float:

@@ -87,7 +87,8 @@ class Opening:
         best, given = int(np.nanargmin(losses)), self.scales.index(1.0)
         compared = [difference(t, rated[best]) for t in rated]
         behind, se = compared[given]
-        pick = given if np.isfinite(behind) and behind <= CLEARLY * np.nan_to_num(se) else best
+        # Where the error is unknown nothing is clearly better.
+        pick = given if np.isfinite(behind) and not behind > CLEARLY * se else best
         chance = abs(difference(trials[-1], rated[given])[0]) if self.twin else None
         return Look(
             step=step,

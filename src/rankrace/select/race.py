@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Edge, Objective, Trial, Verdict
-from rankrace.select.strategy import Action, Bench, Cut, Keep, Look, Start, holder, refined
+from rankrace.select.strategy import Action, Bench, Cut, Keep, Look, Start, Train, holder, refined
 
 PROBE = 0.10
 """The wide candidate's part of the training."""
@@ -100,7 +100,8 @@ class Race:
             and not p.objective - best.objective > max(WORSE * p.se, pick.objective - best.objective)
         )
         if not last and len(staying) > 1:
-            action: Action = Keep(indices=staying)
+            # Keeping all would be a copy for nothing, and new CUDA graphs.
+            action: Action = Train() if len(staying) == len(bench.ranks) else Keep(indices=staying)
             return Look(step=step, verdict=verdict, action=action)
         raced = ", ".join(map(str, bench.ranks))
         reason = f"ranks {raced} had been cut from {self.wide} and trained on side by side"

@@ -17,6 +17,7 @@ from rankrace.bank import Bank, Candidates, Spectrum, allocate
 from rankrace.data.encoded import Encoded
 from rankrace.select.objective import Held, Source, Trial
 from rankrace.select.strategy import Cut, Keep, Look, Strategy
+from rankrace.training.device import wait_for
 from rankrace.training.loop import Trainer
 
 
@@ -91,15 +92,10 @@ class Search:
         ranks = [one.rank for one in starts]
         settings = [self.setting(r) for r in ranks]
         self.trainer.bank.start(ranks, [s.multiplier for s in settings], [one.draw for one in starts])
-        lrs = [s.lr * one.lr_scale for s, one in zip(settings, starts, strict=True)]
-        self.trainer.start(self.trainer.bank.candidates, lrs)
+        self.trainer.begin([s.lr * one.lr_scale for s, one in zip(settings, starts, strict=True)])
         self.state.entries = [
             Entry(rank=one.rank, began=0, lr_scale=one.lr_scale, twin=one.draw > 0) for one in starts
         ]
-        self.follow()
-
-    def follow(self) -> None:
-        """Averages are kept while there are several candidates to compare."""
         if self.strategy.averages and len(self.ranks) > 1:
             self.trainer.follow()
 
@@ -132,12 +128,14 @@ class Search:
             self.take_look()
 
     def take_look(self) -> None:
-        began = time.perf_counter()
         self.read_losses()
+        wait_for(self.trainer.bank.device)  # the steps that are still queued are no part of the look
+        began = time.perf_counter()
         look = self.strategy.look(self.trainer.step, self.state.looks, self)
         self.apply(look)
         self._spectra = ((-1, -1), {})
         self.state.looks.append(look)
+        wait_for(self.trainer.bank.device)  # cuts are
         self.state.look_seconds += time.perf_counter() - began
 
     def apply(self, look: Look) -> None:
@@ -156,7 +154,6 @@ class Search:
                 cuts = self.cut(index, ranks, allocation)
                 self.trainer.cut(index, cuts, self.spectra(index), [self.setting(r).lr for r in ranks])
                 self.state.entries += [Entry(rank=r, began=self.trainer.step, lr_scale=self.lr_scale) for r in ranks]
-                self.follow()
         if len(self.ranks) == 1:
             self.trainer.average = None
 
@@ -184,7 +181,10 @@ class Search:
         """Moves the losses of finished steps from the device into the record; one wait for many steps."""
         if not self._unread:
             return
-        for column, entry in zip(torch.stack(self._unread).T.tolist(), self.running, strict=True):
+        began = time.perf_counter()
+        columns = torch.stack(self._unread).T.tolist()
+        self.trainer.seconds += time.perf_counter() - began  # the host was ahead: the steps end only now
+        for column, entry in zip(columns, self.running, strict=True):
             entry.losses += column
             entry.steps += len(column)
         self._unread = []

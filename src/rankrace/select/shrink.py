@@ -53,15 +53,12 @@ class Shrink:
             return None
         return self.look_steps[len(looks)]
 
-    def ladder(self) -> list[int]:
-        """1, 2, 4, … and the largest rank that may be picked."""
-        return sorted({*(2**i for i in range(self.largest.bit_length())), self.largest})
-
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
         def judge(trials: Sequence[Trial]) -> Verdict:
             return self.objective.judge(trials, bench.held)
 
-        trials = bench.truncated(0, self.ladder())
+        measured = ladder(self.largest)
+        trials = bench.truncated(0, measured)
         verdict = judge(trials)
         picks = [*(look.verdict.pick for look in looks), verdict.pick][-STABLE_LOOKS:]
         stable = len(picks) == STABLE_LOOKS and max(picks) <= STABLE_RATIO * min(picks)
@@ -72,7 +69,7 @@ class Shrink:
             verdict = refined(verdict, trials, bench, judge)
         seen = ", ".join(map(str, picks))
         reason = f"the last {len(picks)} looks" if len(picks) > 1 else "the only look"
-        reason += f" picked {seen} among {', '.join(map(str, self.ladder()))}"
+        reason += f" picked {seen} among {', '.join(map(str, measured))}"
         if self.refine:
             reason += f", and then, of the integers beside, {verdict.pick}"
         allocation = None
@@ -89,6 +86,11 @@ class Shrink:
             capped=last and not stable and len(self.look_steps) >= STABLE_LOOKS,
             reason=reason,
         )
+
+
+def ladder(largest: int) -> list[int]:
+    """The ranks that a look measures: 1, 2, 4, … and the largest that may be picked."""
+    return sorted({*(2**i for i in range(largest.bit_length())), largest})
 
 
 def layered(bench: Bench, rank: int) -> tuple[dict[str, int] | None, str]:

@@ -104,7 +104,7 @@ class Bench(Protocol):
         ...
 
     def averaged(self) -> list[Trial]:
-        """The average of each present candidate over its later steps (train/average.py)."""
+        """The average of each present candidate over its later steps (training/average.py)."""
         ...
 
     def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:
@@ -124,7 +124,7 @@ class Strategy(Protocol):
 
     @property
     def averages(self) -> bool:
-        """Whether averages of several candidates will be asked for."""
+        """Whether averages of the candidates that begin will be asked for, if they are several."""
         ...
 
     def start(self) -> tuple[Start, ...]:

@@ -13,7 +13,7 @@ Shapes: K candidates, S targets of a packed row, N examples of a set.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,14 +27,18 @@ from rankrace.training.average import Average
 from rankrace.training.memory import free_caches, out_of_memory
 from rankrace.training.model import PackedModel
 from rankrace.training.optimizer import BankAdamW, Optimizer
-from rankrace.training.passes import Eager, Graphs
-from rankrace.training.schedule import Schedule
+from rankrace.training.passes import Eager, Graphs, Running
+from rankrace.training.schedule import Schedule, steps_of
 from rankrace.training.trained import B
 
 R = TypeVar("R")
 
 MOST_SIZES = 16
 """Of CUDA graphs."""
+SIZED_EPOCHS = 8
+"""So many are looked through for the sizes of rows; beyond them a row larger than all is rare."""
+OPTIMIZER = "optimizer."
+"""Before the names of its tensors in a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +101,6 @@ class PackedSet:
         return np.stack([np.bincount(self.example_M, weights=x_M, minlength=len(self.examples)) for x_M in x_KM])
 
 
-@dataclass(frozen=True)
-class Running:
-    """A pass that has begun."""
-
-    size: Size
-    candidates: int
-
-
 def graph_sizes(passes: float) -> int:
     """How many sizes of graphs so many passes want.
 
@@ -125,10 +121,7 @@ class Trainer(Generic[B]):
         self.model, self.train, self.recipe = model, train, recipe
         self.bank: B = model.bank
         self.lengths = [len(e.input_ids) for e in train]
-        per_epoch = -(-len(train) // recipe.batch_size)
-        wanted = max(1, round(recipe.epochs * per_epoch))
-        self.total = wanted if recipe.max_steps is None else min(wanted, recipe.max_steps)
-        self.per_epoch = per_epoch
+        self.per_epoch, self.total = steps_of(len(train), recipe.batch_size, recipe.epochs, recipe.max_steps)
         warmup = round(recipe.warmup * self.total)
         self.schedule = Schedule(total=self.total, warmup=warmup, kind=recipe.schedule)
         self.step = 0
@@ -149,8 +142,10 @@ class Trainer(Generic[B]):
         model = self.model
         self.passes = Eager(model)
         if self.recipe.graphs:
-            of_an_epoch = self.sizes()
-            sizes = size_buckets(of_an_epoch, graph_sizes(len(of_an_epoch) * self.total / self.per_epoch))
+            # Rows of later epochs are put together otherwise, and one that fits no graph would run beside them.
+            steps = min(self.total, SIZED_EPOCHS * self.per_epoch)
+            seen = self.sizes(steps)
+            sizes = size_buckets(seen, graph_sizes(len(seen) * self.total / steps))
             self.passes = Graphs(model, sizes, lambda tokens: self.groups(tokens, len(self.lr_K)))
 
     # --- which candidates train
@@ -259,11 +254,11 @@ class Trainer(Generic[B]):
             )
         return self._epoch[1][index]
 
-    def sizes(self) -> list[Size]:
-        """Of the packed rows of an epoch."""
+    def sizes(self, steps: int | None = None) -> list[Size]:
+        """Of the packed rows of the first steps, or of an epoch."""
         causal = self.model.task == "causal"
         targets = [int(e.supervised[1:].sum()) if causal else 1 for e in self.train]
-        rows = [row for i in range(self.per_epoch) for row in self.batch(i).micros]
+        rows = [row for i in range(steps or self.per_epoch) for row in self.batch(i).micros]
         return [
             Size(
                 tokens=sum(self.lengths[i] for i in row),
@@ -286,17 +281,17 @@ class Trainer(Generic[B]):
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
-            if self._running is None or not out_of_memory(error):
+            failed = self.passes.capturing or self._running
+            if failed is None or not out_of_memory(error):
                 raise
-            failed = self._running
         # Out here the error is gone, and with it the frames that held on to what the pass had made.
         self.back_off(failed)
         return None
 
-    def back_off(self, failed: "Running") -> None:
+    def back_off(self, failed: Running) -> None:
         """Passes of at most half as many tokens as this one from now on."""
         tokens = failed.size.tokens * failed.candidates
-        if failed.candidates == failed.size.examples == 1:
+        if failed.smallest:
             raise RankraceError(
                 f"out of memory: an example of {tokens:,} tokens does not fit on {self.bank.device}",
                 why="one example with one candidate is the smallest pass there is",
@@ -312,10 +307,46 @@ class Trainer(Generic[B]):
             f"{self.step + 1}: taken again, from now on with at most {budget:,} tokens a pass."
         )
 
+    # --- checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the optimiser and the average; the values are the bank's own matter."""
+        optimizer = {OPTIMIZER + name: tensor for name, tensor in self.optimizer.state().items()}
+        return optimizer if self.average is None else {**optimizer, "average": self.average.mean.all_KP}
+
+    def state(self) -> dict[str, Any]:
+        """What is no tensor."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "averaged": None if self.average is None else self.average.steps,
+            "notes": self.notes,
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Goes on from there with the bank's values, once they are those of that moment and `begin` was called.
+
+        Older checkpoints hold no notes, and some nothing of an average.
+        """
+        moments = {n.removeprefix(OPTIMIZER): x for n, x in tensors.items() if n.startswith(OPTIMIZER)}
+        self.optimizer.load_state(moments)
+        if state.get("averaged") is not None:
+            self.average = Average(self.bank.values)
+            self.average.steps = state["averaged"]
+            self.average.mean.all_KP.copy_(tensors["average"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        earlier = state.get("notes", [])
+        self.notes = [*earlier, *(note for note in self.notes if note not in earlier)]
+
     # --- measuring
 
     def measure(self, examples: Sequence[Encoded]) -> Measured:
-        """The bank's candidates (or, switched off, the base) on held-out examples; dropout is off."""
+        """The bank's candidates (or, switched off, the base) on held-out examples; dropout is off.
+
+        Raises:
+            RankraceError: out of memory, and passes cannot be smaller.
+        """
         while (measured := self.attempt(lambda: self.measure_all(examples))) is None:
             pass
         return measured

@@ -1,4 +1,4 @@
-"""What a pass takes in memory, measured on three short rows; and how running out of it is told from other errors.
+"""What a pass takes in memory, measured on four short rows; and how running out of it is told from other errors.
 
 Shapes: K candidates, T tokens of a packed row, M targets, D model width, N examples of a row,
 L tokens of the longest.

@@ -4,25 +4,46 @@ A pass over short texts is some thousands of small kernels, and launching them f
 longer than running them. A CUDA graph launches them all at once. It wants fixed sizes: rows are padded to one of a
 few, and each candidate group has graphs of its own.
 
-Memory: torch keeps what a graph uses (its pool) from everything else. So no eager pass runs beside the graphs: first
-all sizes run once eagerly, then that memory is given back, then all are captured into one pool. The larger goes first
-each time, and the smaller finds its place in what the larger has left.
+Memory: torch keeps what a graph uses (its pool) from everything else. So no eager pass is to run beside the graphs:
+sizes are made for all rows there will be, first all sizes run once eagerly, then that memory is given back, then all
+are captured into one pool. The larger goes first each time, and the smaller finds its place in what the larger has
+left.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankrace.bank.flat import Flat
-from rankrace.data.pack import Packed, Size
+from rankrace.data.pack import STEP, Packed, Size
 from rankrace.training.memory import free_caches
 from rankrace.training.model import PackedModel
 
 
+@dataclass(frozen=True)
+class Running:
+    """A pass that has begun."""
+
+    size: Size
+    candidates: int
+    padded: bool = False
+    """To the size of a graph: one example in it is at least two then, one of them made up."""
+
+    @property
+    def smallest(self) -> bool:
+        """One example with one candidate: no pass can be smaller."""
+        one = self.size.tokens - self.size.longest < STEP if self.padded else self.size.examples == 1
+        return self.candidates == 1 and one
+
+
 class Eager:
     """Runs passes as they come."""
+
+    capturing: Running | None = None
+    """It captures none."""
 
     def __init__(self, model: PackedModel) -> None:
         self.model = model
@@ -53,6 +74,8 @@ class Graphs:
         self.model, self.sizes, self.groups = model, sizes, groups
         self.eager = Eager(model)
         self.gradients: Flat | None = None
+        self.capturing: Running | None = None
+        """The pass that is being prepared, so that the right one is blamed if memory runs out."""
         self.graphs: dict[tuple[int, int, int], Graph] = {}
 
     def size_of(self, row: Packed) -> int | None:
@@ -87,12 +110,14 @@ class Graphs:
         ]
         # Libraries and compilers set themselves up, out of any graph: alike for as many candidates of one size.
         for made_up, active in {(i, active.stop - active.start): (row, active) for i, row, active in passes}.values():
+            self.capturing = Running(made_up.size, active.stop - active.start, padded=True)
             self.eager.run(made_up, active, share)
         gradients.all_KP.zero_()  # a candidate that has diverged adds NaN even here
         pool = torch.cuda.graph_pool_handle()
         for index, made_up, active in passes:
+            self.capturing = Running(made_up.size, active.stop - active.start, padded=True)
             self.graphs[index, active.start, active.stop] = Graph(self.eager, made_up, active, share, pool)
-        self.gradients = gradients
+        self.capturing, self.gradients = None, gradients
 
 
 class Graph:

@@ -5,6 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+def steps_of(examples: int, batch_size: int, epochs: float, max_steps: int | None) -> tuple[int, int]:
+    """Optimiser steps of an epoch, and of the whole training: at least one, and at most `max_steps`."""
+    per_epoch = -(-examples // batch_size)
+    total = max(1, round(epochs * per_epoch))
+    return per_epoch, total if max_steps is None else min(total, max_steps)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """A multiplier in [0, 1] of the peak learning rate.
