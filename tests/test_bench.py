@@ -15,7 +15,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,14 +26,15 @@ import yaml
 from commandline import Ran, assert_refused, rankrace
 from rankrace.bench import local, render
 from rankrace.bench.experiment import Job, config_of, read_experiment
-from rankrace.bench.job import perform
+from rankrace.bench.job import Stopped, perform
 from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, sight_of
 from rankrace.bench.paired import difference
+from rankrace.bench.ray import run_ray
 from rankrace.bench.record import Record, provenance
 from rankrace.bench.store import Store, due
 from rankrace.bench.table import Table, build, t_half_width
 from rankrace.errors import RankraceError
-from rankrace.tasks import find_task
+from rankrace.tasks import TASKS, Splits, find_task
 from tinyfolder import tiny_bert, tiny_llama
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -149,6 +152,20 @@ def test_generated_answers_chosen_letters_and_runs_in_processes_of_their_own(tmp
     assert record(tmp_path, "squad2--base--seed0--lr1")["parameters"] == 0
 
 
+def test_rows_of_stsb_tell_methods_apart(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metrics are of the whole set: what a record keeps of a row is how close the number is."""
+    train, validation, test = (
+        [{"prompt": f"{part} {n}:", "completion": f" {n}.0", "answers": [f"{n}.0"]} for n in range(6)]
+        for part in ("train", "validation", "test")
+    )
+    splits = Splits(train=train, validation=validation, test=test, how="made up")
+    monkeypatch.setitem(TASKS, "stsb", replace(TASKS["stsb"], read=lambda *_: splits))
+    monkeypatch.setattr("rankrace.bench.job.predict", lambda *_, **__: ["0.0", "1.0", "2.0", "3.0", "4.0", "0.0"])
+    ran = run(written(tmp_path, llama, methods=["base"], tasks=["stsb"]), "--slots", 0)
+    assert "0 of them failed" in ran.out, ran.err
+    assert record(tmp_path, "stsb--base--seed0--lr1")["rows"] == [1, 1, 1, 1, 1, 0]
+
+
 def test_an_empty_answer_to_every_question_of_squad2_scores_54_7(data_root: Path) -> None:
     rows = find_task("squad2").splits(data_root, 0).test
     assert find_task("squad2").score([""] * len(rows), rows)["f1"] == pytest.approx(54.7, abs=0.05)
@@ -184,13 +201,13 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
 
 
-def runner_of(experiment: Path, out: Path, slots: int, **streams: Any) -> subprocess.Popen[str]:
-    """`bench run` in a process of its own, that saves after every step."""
+def runner_of(experiment: Path, out: Path, slots: int, save_s: float = 0.0, **options: Any) -> subprocess.Popen[str]:
+    """`bench run` in a process of its own; if not told otherwise it saves after every step."""
     code = (
         "from pathlib import Path; from rankrace.bench.run import run_experiment;"
-        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots={slots}, device='cpu', save_s=0.0)"
+        f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots={slots}, device='cpu', save_s={save_s})"
     )
-    return subprocess.Popen([sys.executable, "-c", code], text=True, **streams)
+    return subprocess.Popen([sys.executable, "-c", code], text=True, **options)
 
 
 @pytest.mark.parametrize("slots", [0, 2])
@@ -208,6 +225,43 @@ def test_a_runner_that_is_terminated_saves_its_runs_and_leaves_none(tmp_path: Pa
     assert reached
     time.sleep(0.5)  # some hundred steps
     assert sorted(out.glob("work/*/step-*")) == reached, "a run goes on without its runner"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminal_that_interrupts_or_hangs_up_loses_nothing(
+    tmp_path: Path, bert: Path, number: signal.Signals
+) -> None:
+    """It tells the runner and its processes at once, and the runner tells these again before their step is done: the
+    run in hand is saved all the same, though no checkpoint is due."""
+    slow = {"max_steps": 100_000, "epochs": 100_000, "batch_size": 1000, "train_max": 1000}
+    experiment = written(tmp_path, bert, methods=["full"], tasks=["rte"], common=slow)
+    out = tmp_path / "out"
+
+    def newest() -> int:
+        return max((int(p.name.partition("-")[2]) for p in out.glob("work/*/step-*")), default=0)
+
+    runner = runner_of(experiment, out, slots=1, save_s=5.0, start_new_session=True, stderr=subprocess.PIPE)
+    wait_for(newest)
+    saved = newest()
+    os.killpg(runner.pid, number)
+    _, said = runner.communicate(timeout=60)
+    wait_for(lambda: newest() > saved)
+    assert not list((out / "runs").iterdir()), "what was stopped has not failed"
+    if number == signal.SIGINT:
+        assert "rankrace.interrupt.Interrupted: the same command again" in said
+
+
+def test_an_interrupt_before_the_first_run_is_one_too(tmp_path: Path, bert: Path) -> None:
+    """While its process starts: the server that forks it does not die of it, either."""
+    experiment = written(tmp_path, bert, methods=["full"], tasks=["rte"])
+    out = tmp_path / "out"
+    runner = runner_of(experiment, out, slots=1, start_new_session=True, stderr=subprocess.PIPE)
+    wait_for((out / ".lock").exists)
+    time.sleep(1.0)  # it loads the modules
+    os.killpg(runner.pid, signal.SIGINT)
+    _, said = runner.communicate(timeout=60)
+    assert "rankrace.interrupt.Interrupted: the same command again" in said
+    assert not list((out / "runs").iterdir())
 
 
 def test_a_runner_that_is_killed_loses_only_the_runs_in_hand(tmp_path: Path, bert: Path) -> None:
@@ -232,13 +286,18 @@ def test_a_runner_that_is_killed_loses_only_the_runs_in_hand(tmp_path: Path, ber
 
 
 def test_a_process_on_a_gpu_does_one_run_after_another_until_one_fails(tmp_path: Path, bert: Path) -> None:
-    """On a CPU, where nothing of a run is left on a GPU either. An encoder fails on SQuAD."""
+    """On a CPU, where nothing of a run is left on a GPU either. An encoder fails on SQuAD. One that was killed
+    while it was idle is replaced, too."""
     read = read_experiment(written(tmp_path, bert, methods=["base"], tasks=["rte", "squad2"], seeds=[0, 1]))
     (tmp_path / "out" / "runs").mkdir(parents=True)
     work = Work(experiment=read, folder=tmp_path / "out", device="cpu", save_s=60.0, sharing=2, threads=1)
     slot, context = Slot(gpu=0), multiprocessing.get_context("spawn")
     processes = []
-    for task, seed in (("rte", 0), ("rte", 1), ("squad2", 0), ("rte", 0)):
+    for task, seed in (("rte", 0), ("rte", 1), ("squad2", 0), ("rte", 0), ("rte", 1)):
+        if len(processes) == 4:
+            assert slot.process is not None
+            slot.process.kill()
+            slot.process.join()
         job = Job(method="base", task=task, seed=seed, scale=1.0, tuning=False)
         slot.begin(job, work, context)
         assert slot.process is not None
@@ -249,7 +308,7 @@ def test_a_process_on_a_gpu_does_one_run_after_another_until_one_fails(tmp_path:
         assert done[0]["status"] == ("failed" if task == "squad2" else "done")
     slot.release()
     assert len(set(processes[:3])) == 1
-    assert processes[3] != processes[0]
+    assert len(set(processes)) == 3
 
 
 def test_slots_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +425,12 @@ def test_a_rate_at_the_edge_is_gone_beyond(tmp_path: Path, bert: Path) -> None:
     assert next_of("lora-r16") == ["44"], "no further than asked"
 
 
+def test_a_single_scale_is_used(tmp_path: Path, bert: Path) -> None:
+    """Untuned; the base has no rate to scale."""
+    read = read_experiment(written(tmp_path, bert, methods=["base", "full"], tasks=["rte"], tuning={"scales": [0.5]}))
+    assert [job.key for job in due(read, {})] == ["rte--base--seed0--lr1", "rte--full--seed0--lr0.5"]
+
+
 def test_a_sitting_ends_with_whole_columns(tmp_path: Path, bert: Path) -> None:
     """Task by task: the tuning, then all methods seed by seed. What waits for its tuning is not held up for."""
     read = read_experiment(written(tmp_path, bert, methods=["full", "lora-r8"], tasks=["rte", "cola"], seeds=[0, 1],
@@ -427,8 +492,11 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.02)
 
 
-def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: Path, llama: Path) -> None:
-    """On a real local cluster; a process of its own, since Ray changes the one that starts it."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_ray_worker_ended_in_mid_run_is_started_again_and_resumes(
+    tmp_path: Path, llama: Path, number: signal.Signals
+) -> None:
+    """On a real local cluster; a process of its own, since Ray changes the one that starts it. SIGTERM: preempted."""
     experiment = written(tmp_path, llama, methods=["lora-r8"], tasks=["sst2"], common={"max_steps": 40, "epochs": 40})
     out = tmp_path / "out"
     code = (
@@ -439,12 +507,50 @@ def test_a_ray_worker_killed_in_mid_run_is_started_again_and_resumes(tmp_path: P
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     key = "sst2--lora-r8--seed0--lr1"
     wait_for(lambda: len(list((out / "work" / key).glob("step-*"))) > 1)
-    os.kill(ray_worker(driver.pid), signal.SIGKILL)
+    os.kill(ray_worker(driver.pid), number)
     printed, _ = driver.communicate(timeout=120)
     assert "(1, 0, 0)" in printed
     done = record(tmp_path, key)
     assert (done["status"], done["steps"]) == ("done", 40)
     assert done["resumed_at"] > 0
+
+
+def test_what_ray_says_of_a_run_is_told_apart(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is no lost worker, a stopped run goes again, and an error of Ray's own ends the sitting."""
+    errors = import_module("ray").exceptions
+
+    def raised(cause: Exception) -> Exception:
+        return errors.RayTaskError("perform", "its traceback", cause).as_instanceof_cause()
+
+    def get(_: object) -> None:
+        raise said.pop(0)
+
+    full = raised(OSError(28, "No space left on device"))
+    said = [raised(Stopped()), full, errors.WorkerCrashedError(), errors.RaySystemError("no scheduler")]
+    cluster = SimpleNamespace(
+        exceptions=errors,
+        init=lambda **_: None,
+        shutdown=lambda: None,
+        remote=lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda experiment, job, *_: job)),
+        wait=lambda jobs, **_: (jobs[:1], []),
+        get=get,
+    )
+    monkeypatch.setattr("rankrace.bench.ray.import_module", lambda _: cluster)
+    read = read_experiment(written(tmp_path, bert, methods=["base"], tasks=["rte"], seeds=[0, 1, 2]))
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+
+    def upcoming(working: set[str]) -> list[Job]:
+        return [job for job in due(read, Store(out).records()) if job.key not in working]
+
+    with pytest.raises(errors.RaySystemError):
+        list(run_ray(read, Store(out), upcoming, "cpu", 60.0, 1))
+    found = Store(out).records()
+    assert {key: one["error"].split(":")[0] for key, one in found.items()} == {
+        "rte--base--seed0--lr1": "OSError",
+        "rte--base--seed1--lr1": "the run's worker was lost 4 times",
+    }
+    assert "No space left" in found["rte--base--seed0--lr1"]["error"]
 
 
 def ray_worker(driver: int) -> int:
@@ -482,6 +588,7 @@ def said(path: Path) -> bytes:
         ({"methods": ["full"], "tasks": ["rte"], "common": {"lr": 1}}, ("'lr'", "tuned")),
         ({"methods": ["full"], "tasks": ["rte"], "test_max": 0}, ("test_max",)),
         ({"methods": [], "tasks": ["rte"]}, ("methods",)),
+        ({"methods": ["full"], "tasks": ["rte"], "tuning": {"scales": [1, 2, 1.0]}}, ("scales", "1 is there twice")),
     ],
 )
 def test_a_bad_experiment_is_refused(
@@ -636,7 +743,7 @@ def test_a_difference_counts_seeds_and_documents() -> None:
     stranger = difference(flat, [made("lora-r8", 7, [0.5] * 50)])
     assert stranger.mean == pytest.approx(5.0)
     assert math.isnan(stranger.se)
-    assert not stranger.tie
+    assert stranger.tie, "what is not known is no difference"
 
 
 def test_the_papers_claims_are_held_against_the_runs() -> None:
@@ -652,6 +759,13 @@ def test_the_papers_claims_are_held_against_the_runs() -> None:
     ]
     runs[-1] = made("shrink", 0, [0.0] * 20 + RIGHT[20:])
     assert "lora-r16 on 0 of 1 tasks (behind: rte -20.0 ± 4.0)" in table_of(runs).claims[0]
+    # No seed in common on CoLA.
+    cola = {"task": "cola", "metrics": {"matthews": 50.0}, "baselines": {}}
+    runs += [made("lora-r16", 0, RIGHT, key="r16cola", **cola), made("shrink", 1, [*RIGHT[1:], 0.0], **cola)]
+    table = table_of(runs)
+    assert "on 0 of 1 tasks (behind: rte -20.0 ± 4.0; no error is known: cola)" in table.claims[0]
+    table = table_of(runs[-2:])
+    assert table.claims[0].startswith("shrink: not to be compared with lora-r16 on cola, no error is known; param")
 
 
 def took(seconds: float, slots: int) -> dict[str, Any]:

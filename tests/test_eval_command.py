@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from commandline import assert_refused, rankrace
+from models import leaky
+from rankrace.adapter import Adapted, load_adapted
 from rankrace.data.files import Rows, read_file
 from rankrace.evaluate.command import compared
 from rankrace.tasks import TASKS
@@ -182,6 +186,27 @@ def chosen_by_peft(adapter: Path, rows: list[dict[str, Any]]) -> tuple[float, fl
     adapted = share()
     with model.disable_adapter():
         return adapted, share()
+
+
+def test_a_model_that_packing_does_not_reproduce_is_refused(sums: Path, data_root: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """As in training: its figures would be wrong, and nobody would know."""
+    monkeypatch.setenv("RANKRACE_DATA", str(data_root))
+
+    def leaking(*arguments: Any) -> Adapted:
+        adapted = load_adapted(*arguments)
+        leaky(adapted.base)
+        return adapted
+
+    monkeypatch.setattr("rankrace.evaluate.command.load_adapted", leaking)
+    for task in ("sst2", "gsm8k"):
+        assert_refused(rankrace("eval", sums, "--task", task, "--limit", 4, "--device", "cpu"), "packed rows")
+
+
+def test_evaluating_does_not_need_the_bench() -> None:
+    """The bench builds on it; the other way round would be a circle."""
+    code = "import sys, rankrace.evaluate.command; print([n for n in sys.modules if n.startswith('rankrace.bench')])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_bad_input(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Encoded
 from rankrace.errors import RankraceError
 from rankrace.evaluate.generate import LOOK_EVERY, answer, batches, generate, remembering
-from rankrace.evaluate.predict import classified, predict, row_scores, training_rows
+from rankrace.evaluate.predict import classified, predict, training_rows
 from rankrace.methods.parameters import Parameters
 from rankrace.session import recipe_of
 from rankrace.tasks import find_task
@@ -142,8 +142,6 @@ def test_options_are_chosen_by_likelihood(trainer: Trainer[Bank], smollm2: Path)
             scores.append(sum(logs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)))
         expected.append(row["options"][scores.index(max(scores))].strip())
     assert predictions == expected
-    assert row_scores(find_task("medqa"), predictions, ROWS) == [float(p == r["answers"][0]) for p, r in
-                                                                 zip(predictions, ROWS, strict=True)]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", CLASSIFYING)

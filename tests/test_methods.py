@@ -91,7 +91,7 @@ def test_every_variant_of_lora_is_what_its_name_says(causal: tuple[RunConfig, Da
 
 def test_a_model_that_packing_does_not_reproduce_is_refused(causal: tuple[RunConfig, Data]) -> None:
     config, data = causal
-    for name in ("lora-r8", "full", "shrink"):
+    for name in ("lora-r8", "full", "shrink", "base"):
         with pytest.raises(RankraceError, match="packed rows"):
             find_method(name).prepare(config, data, leaky(base_of(config, data)), "causal")
 

@@ -45,15 +45,18 @@ def shared(runs: Sequence[Record], strategy: str, reference: str) -> dict[str, t
 
 
 def quality(runs: Sequence[Record], strategy: str) -> str:
-    """On how many tasks it is at most one paired standard error behind."""
+    """On how many tasks it is at most one paired standard error behind, of those where the error is known."""
     found = {task: difference(*both) for task, both in shared(runs, strategy, QUALITY_OF).items()}
-    if not found:
-        return ""
-    behind = [f"{task} {d.mean:+.1f} ± {d.se:.1f}" for task, d in found.items() if not d.mean >= -d.se]
+    known = {task: d for task, d in found.items() if d.known}
+    unknown = ", ".join(task for task in found if task not in known)
+    if not known:
+        return f"not to be compared with {QUALITY_OF} on {unknown}, no error is known" if unknown else ""
+    behind = [f"{task} {d.mean:+.1f} ± {d.se:.1f}" for task, d in known.items() if d.mean < -d.se]
     text = (
-        f"at most one paired standard error behind {QUALITY_OF} on {len(found) - len(behind)} of {len(found)} tasks"
+        f"at most one paired standard error behind {QUALITY_OF} on {len(known) - len(behind)} of {len(known)} tasks"
     )
-    return text + (f" (behind: {', '.join(behind)})" if behind else "")
+    more = [f"behind: {', '.join(behind)}"] * bool(behind) + [f"no error is known: {unknown}"] * bool(unknown)
+    return text + (f" ({'; '.join(more)})" if more else "")
 
 
 def cost(runs: Sequence[Record], strategy: str, what: str, reference: str, claimed: float) -> str:

@@ -6,7 +6,8 @@ tasks: [squad2, rte]
 seeds: [0, 1, 2]
 test_max: 1000                  # rows of the test part, the same for all
 tuning: {scales: [0.5, 1, 2]}   # times each method's default learning rate; the best on validation is used
-                                # (beyond: 2 tries up to two more where the best is the lowest or the highest)
+                                # (beyond: 2 tries up to two more where the best is the lowest or the highest);
+                                # a single scale is used as it is
 common: {epochs: 1}             # any option of `rankrace train`
 per_task: {gsm8k: {max_length: 768}}
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
@@ -39,9 +40,19 @@ class Tuning(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    """One: it is used as it is, and nothing is tuned."""
     beyond: Annotated[int, Field(ge=0)] = 0
     """While the best rate is the lowest or the highest tried, one more beyond it, at most so many."""
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("scales")
+    @classmethod
+    def _differ(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        names = [f"{scale:g}" for scale in scales]  # as in `Job.training`
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is there twice, and each scale is one run")
+        return scales
 
 
 class Experiment(BaseModel):

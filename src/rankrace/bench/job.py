@@ -13,16 +13,16 @@ from torch import Tensor
 
 from rankrace.bench.experiment import Experiment, Job, config_of, training_of
 from rankrace.bench.record import Record, begun, failed, hardware, write_record
-from rankrace.bench.rows import commonest, documents, read, test_rows
+from rankrace.bench.rows import commonest, read, test_rows
 from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
-from rankrace.evaluate.predict import predict, row_scores
+from rankrace.evaluate.predict import predict
 from rankrace.interrupt import Interrupts
 from rankrace.methods import Running, find_method
 from rankrace.progress import peak_bytes
 from rankrace.record import versions
 from rankrace.session import chosen_device, chosen_dtype
-from rankrace.tasks import find_task
+from rankrace.tasks import documents, find_task
 from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
 from rankrace.training.divergence import alarm_if_diverged
 from rankrace.training.model import is_encoder, load_model
@@ -149,7 +149,8 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
     if task.kind == "options" and kind == "causal":
         written = predict(running.trainer, given.encoder, given.tokenizer, task, rows, generated=True)
         result["metrics"] |= {f"generated_{n}": value for n, value in task.score(written, rows).items()}
-    result["rows"], result["documents"] = row_scores(task, predictions, rows), documents(rows)
+    scores = next(iter(task.row_scores(predictions, rows).values()))
+    result["rows"], result["documents"] = [round(score / 100, 4) for score in scores], documents(rows)
     result["samples"] = predictions[:5]
     result["time"]["test_s"] = round(time.perf_counter() - began, 3)
     result["baselines"] = {

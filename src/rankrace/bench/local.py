@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 from pathlib import Path
@@ -68,10 +69,12 @@ class Slot:
     """Nothing else may begin on the GPU."""
 
     def begin(self, job: Job, work: Work, context: ForkServerContext | SpawnContext, *, alone: bool = False) -> None:
+        if self.process is not None and not self.process.is_alive():  # it died while it was idle
+            self.release()
         if self.process is None:
             self.pipe, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, work, self.gpu is not None))
-            with sight_of(self.gpu):
+            with sight_of(self.gpu), deaf_to_interrupts():
                 process.start()
             theirs.close()
             self.process = process
@@ -169,6 +172,18 @@ def sight_of(gpu: int | None) -> Iterator[None]:
             os.environ[VISIBLE] = before
 
 
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started meanwhile never get SIGINT. A terminal sends Ctrl-C to them, too, and the SIGTERM by
+    which the runner then asks them to save would be taken for a second, impatient one."""
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def free_slot(slots: Sequence[Slot]) -> Slot | None:
     """Of those on the GPU with the fewest runs one whose process is there already, if there is one."""
     running = [slot.gpu for slot in slots if slot.job]
@@ -237,6 +252,7 @@ def record_failure(experiment: Experiment, job: Job, folder: Path, error: str, s
 
 def serve(pipe: Connection, work: Work, on_gpu: bool) -> None:
     """Does the runs that come through the pipe, until it is closed; says after each whether it can do another."""
+    os.setsid()  # a terminal that is closed ends the runner alone, and that lets this run save itself
     torch.set_num_threads(work.threads)
     threading.Thread(target=end_with_runner, daemon=True).start()
     try:

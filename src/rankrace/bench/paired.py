@@ -25,8 +25,12 @@ class Difference:
 
     @property
     def tie(self) -> bool:
-        """Not to be told from nothing, with 95% confidence."""
-        return abs(self.mean) <= Z_975 * self.se
+        """Not to be told from nothing, with 95% confidence; nor is it where nothing is known of it."""
+        return not abs(self.mean) > Z_975 * self.se
+
+    @property
+    def known(self) -> bool:
+        return not math.isnan(self.se)
 
 
 def difference(some: Sequence[Record], others: Sequence[Record]) -> Difference:

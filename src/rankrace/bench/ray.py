@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rankrace.bench.experiment import Experiment, Job
-from rankrace.bench.job import perform
+from rankrace.bench.job import Stopped, perform
 from rankrace.bench.local import POLL_S, Next, record_failure
 from rankrace.bench.record import Record
 from rankrace.bench.store import Store
@@ -19,6 +19,8 @@ from rankrace.errors import RankraceError
 
 RETRIES = 3
 """How often a run whose worker died is started again."""
+LOST = ("WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "LocalRayletDiedError", "ObjectLostError")
+"""What Ray raises when a worker, its node or what it returned is gone; its other errors are not the run's."""
 
 
 def run_ray(
@@ -57,7 +59,12 @@ def run_ray(
             job = working.pop(done[0])
             try:
                 yield ray.get(done[0])
-            except ray.exceptions.RayError as error:
+            except (Stopped, ray.exceptions.TaskCancelledError):  # a run that was asked to stop is missing still
+                continue
+            except ray.exceptions.RayTaskError as error:  # it could not write its own record
+                what = f"{type(error.cause).__name__}: {error.cause}"
+                yield record_failure(experiment, job, folder, what, sharing)
+            except tuple(getattr(ray.exceptions, name) for name in LOST) as error:
                 what = f"the run's worker was lost {RETRIES + 1} times: {str(error).splitlines()[0]}"
                 yield record_failure(experiment, job, folder, what, sharing)
     finally:

@@ -1,6 +1,5 @@
 """What a run reads: the rows of its task, encoded for its model."""
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from rankrace.data.formats import PromptCompletion
 from rankrace.data.sources import SourceRows
 from rankrace.data.split import draw
 from rankrace.evaluate.predict import training_rows
-from rankrace.tasks import Splits, Task, find_task
+from rankrace.tasks import Splits, Task, data_root, find_task
 from rankrace.training.model import load_tokenizer
 
 
@@ -65,23 +64,9 @@ def test_rows(splits: Splits, most: int | None) -> Rows:
     return [rows[id(example)] for example in draw(examples, most, 0)]
 
 
-def documents(rows: Rows) -> list[int] | None:
-    """Which rows share a document, as numbers; None where rows have none."""
-    if not rows or "document" not in rows[0]:
-        return None
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(row["document"], len(numbers)) for row in rows]
-
-
 def commonest(rows: Rows) -> str:
     """The commonest answer of the training rows."""
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["completion"].strip()] = counts.get(row["completion"].strip(), 0) + 1
     return max(counts, key=lambda text: counts[text])
-
-
-def data_root() -> Path | None:
-    """The folder of local data sets, $RANKRACE_DATA; None: tasks come from the hub."""
-    root = os.environ.get("RANKRACE_DATA")
-    return Path(root) if root else None

@@ -125,7 +125,9 @@ def due(experiment: Experiment, records: dict[str, Record], *, retry: bool = Fal
             tuning = tuning_jobs(experiment, method, task, records)
             open_ = [job for job in tuning if wanted(job)]
             missing += open_
-            if not open_:
+            if not tuning:
+                tuned[method] = 1.0 if method == "base" else experiment.tuning.scales[0]
+            elif not open_:
                 tuned[method] = best_scale(tuning, records)
         for seed in experiment.seeds:
             jobs = [Job(method=m, task=task, seed=seed, scale=scale, tuning=False) for m, scale in tuned.items()]
@@ -157,7 +159,7 @@ def tuning_jobs(experiment: Experiment, method: str, task: str, records: dict[st
 
 
 def best_scale(tuning: list[Job], records: dict[str, Record]) -> float:
-    """That of the lowest validation loss; of runs that failed none. 1 where nothing was tuned or nothing worked."""
+    """That of the lowest validation loss; of runs that failed none. 1 where nothing worked."""
     return lowest([records[job.key] for job in tuning])
 
 

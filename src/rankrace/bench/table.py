@@ -247,7 +247,9 @@ def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str], timed: 
         f"Seeds {', '.join(map(str, seeds))}; ± is half the 95% t interval of the mean over seeds, and says nothing "
         "of other test rows.",
         "Bold: the highest mean. †: not to be told from it (within 1.96 standard errors of the difference, paired "
-        "over the test rows and the seeds; for F1 of classes and Matthews' correlation the share of right rows).",
+        "over the test rows and the seeds; for F1 of classes and Matthews' correlation the share of right rows"
+        + ("; for STS-B closeness, 100 where the number is right and 0 where it is 5 off" if "stsb" in sizes else "")
+        + ").",
         "Test rows: " + ", ".join(f"{task} {count:,}" for task, count in sizes.items()) + ". They chose nothing.",
         "Time: wall clock of preparing and training, the search within it; tuning the learning rate apart. No method "
         f"stops early. Times are sums over {', '.join(timed) or 'no task'}, parameters means over "

@@ -7,26 +7,23 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rankrace.bench.rows import data_root, documents
+from rankrace.adapter import Adapted, load_adapted
 from rankrace.config import RunConfig
-from rankrace.data.encode import Encoder
-from rankrace.data.encoded import Task as Kind
+from rankrace.data.encode import Encoder, encode_all
 from rankrace.data.files import Rows
-from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
-from rankrace.evaluate.predict import predict
-from rankrace.merge import attached, description, labels
+from rankrace.evaluate.predict import predict, task_examples
 from rankrace.methods.parameters import Parameters
 from rankrace.select.statistics import paired_difference
 from rankrace.session import chosen_device, chosen_dtype, recipe_of
-from rankrace.tasks import Task, find_task
+from rankrace.tasks import Task, data_root, documents, find_task
 from rankrace.training.loop import Trainer
-from rankrace.training.model import PackedModel, load_tokenizer, readable
+from rankrace.training.model import PackedModel, load_tokenizer
 
 MICRO_TOKENS = 4096
+VERIFIED = 16
+"""Rows of which the shortest are compared with the model's own forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +78,14 @@ def evaluate(
         RankraceError: no adapter there, it does not fit, an unknown task, no rows, or no base to compare with.
     """
     chosen = find_task(task)
-    peft_model, kind = with_adapter(adapter, model, device)
+    adapted = with_adapter(adapter, model, device)
+    base, kind = adapted.base, adapted.task
     if with_base and kind == "classification":
         raise RankraceError(
             f"{adapter} is a classifier: there is no base to compare it with",
             why="the classifier came with the adapter; the base has one drawn at random, or none",
             fix="leave out --base",
         )
-    base = inner(peft_model)
     tokenizer = load_tokenizer(str(adapter))
     splits = chosen.splits(data_root(), seed)
     rows = (splits.test if part == "test" else splits.validation)[:limit]
@@ -101,11 +98,13 @@ def evaluate(
         labels=None if names is None else tuple(names[i] for i in range(len(names))),
     )
     packed = PackedModel(base, Parameters(base, {}), kind)
+    if rows:
+        packed.verify_on(encode_all(task_examples(chosen, rows[:VERIFIED], kind), encoder).examples)
     trainer = Trainer(packed, [], recipe_of(config, MICRO_TOKENS))
     predictions = predict(trainer, encoder, tokenizer, chosen, rows, generated=generated)
     without = None
     if with_base:
-        with peft_model.disable_adapter():
+        with adapted.model.disable_adapter():
             without = predict(trainer, encoder, tokenizer, chosen, rows, generated=generated)
     return Evaluation(metrics=compared(chosen, rows, predictions, without), rows=len(rows))
 
@@ -143,28 +142,16 @@ def compared(
     }
 
 
-def with_adapter(adapter: Path, model: str | None, device: str) -> tuple[PeftModel, Kind]:
-    """The base with the adapter on it, and what it is for.
+def with_adapter(adapter: Path, model: str | None, device: str) -> Adapted:
+    """The base with the adapter on it, on the device, in the device's own type.
 
     Raises:
-        RankraceError: no adapter there, no such base, or one that does not fit.
+        RankraceError: no adapter there, no such base, one that does not fit, or no such device.
     """
-    described = description(adapter)
-    name, where = model or described["base_model_name_or_path"], chosen_device(device)
-    classes = described["task_type"] == "SEQ_CLS"
-    auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-    extra = labels(adapter, described["modules_to_save"] or []) if classes else {}
-    dtype = chosen_dtype("auto", where)
-    reach_hub(name)
-    base = readable(name, lambda: auto.from_pretrained(name, dtype=dtype, **extra))
-    return attached(base, adapter, name).to(where), "classification" if classes else "causal"
-
-
-def inner(peft_model: PeftModel) -> PreTrainedModel:
-    """The base with the adapter's layers in it."""
-    found = peft_model.get_base_model()
-    assert isinstance(found, PreTrainedModel)
-    return found
+    where = chosen_device(device)
+    adapted = load_adapted(adapter, model, chosen_dtype("auto", where))
+    adapted.model.to(where)
+    return adapted
 
 
 def one_of(option: str, value: str, known: Sequence[str]) -> None:

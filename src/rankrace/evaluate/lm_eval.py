@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from rankrace.errors import RankraceError
-from rankrace.evaluate.command import inner, with_adapter
+from rankrace.evaluate.command import with_adapter
 from rankrace.training.model import load_tokenizer
 
 BOOTSTRAPS = 1000
@@ -44,14 +44,14 @@ def evaluate_with_lm_eval(
             why="neither its own list nor a file of that name has it",
             fix="see `lm-eval ls tasks`, or give the YAML file of a task",
         )
-    peft_model, kind = with_adapter(adapter, model, device)
-    if kind == "classification":
+    adapted = with_adapter(adapter, model, device)
+    if adapted.task == "classification":
         raise RankraceError(
             f"{adapter} is a classifier",
             why="lm-eval measures causal language models",
             fix="use --evaluator rankrace",
         )
-    wrapped = models.HFLM(pretrained=inner(peft_model), tokenizer=load_tokenizer(str(adapter)), batch_size=8)
+    wrapped = models.HFLM(pretrained=adapted.base, tokenizer=load_tokenizer(str(adapter)), batch_size=8)
     found = harness.simple_evaluate(
         model=wrapped, tasks=[name], limit=limit, task_manager=manager, bootstrap_iters=BOOTSTRAPS
     )

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Encoded
+from rankrace.data.encoded import Task as Kind
 from rankrace.data.files import Rows
-from rankrace.data.formats import read_examples
+from rankrace.data.formats import Example, read_examples
 from rankrace.errors import RankraceError
 from rankrace.evaluate.generate import generate
 from rankrace.tasks import Task
@@ -40,6 +41,15 @@ def training_rows(task: Task, rows: Rows, *, classification: bool) -> Rows:
     return labelled(rows)
 
 
+def task_examples(task: Task, rows: Rows, kind: Kind) -> Sequence[Example]:
+    """The rows as examples for a model of this kind.
+
+    Raises:
+        RankraceError: a classifier is asked for text.
+    """
+    return read_examples(training_rows(task, rows, classification=kind == "classification"), task.name)[1]
+
+
 def predict(
     trainer: Trainer[Any],
     encoder: Encoder,
@@ -56,7 +66,7 @@ def predict(
     """
     if not rows:
         return []
-    examples = read_examples(training_rows(task, rows, classification=encoder.task == "classification"), task.name)[1]
+    examples = task_examples(task, rows, encoder.task)
     if encoder.task == "classification":
         assert encoder.labels is not None
         classes = classified(trainer, encoder.encode_batch(examples), len(encoder.labels))
@@ -86,14 +96,3 @@ def likeliest(trainer: Trainer[Any], choices: Sequence[Sequence[Encoded]]) -> li
     loss_N = trainer.measure([e for options in choices for e in options]).loss_KN[0]
     ends = np.cumsum([len(options) for options in choices])[:-1]
     return [int(np.argmin(part)) for part in np.split(loss_N, ends)]
-
-
-def row_scores(task: Task, predictions: Sequence[str], rows: Rows) -> list[float]:
-    """A score for each row, for paired comparisons: whether it is right, or its share of the task's first metric.
-
-    F1 and Matthews' correlation of a whole set are no means over rows; there, too, a row is right or not.
-    """
-    if task.kind == "generation":
-        pairs = zip(predictions, rows, strict=True)
-        return [round(task.score([p], [row])[task.metrics[0]] / 100, 4) for p, row in pairs]
-    return [float(p.strip() == row["answers"][0]) for p, row in zip(predictions, rows, strict=True)]

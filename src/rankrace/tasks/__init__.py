@@ -1,7 +1,7 @@
 """Tasks with a prompt, three parts and a metric: one file each.
 
 task = find_task("squad2")
-parts = task.splits(Path(os.environ["RANKRACE_DATA"]), seed=0)
+parts = task.splits(data_root(), seed=0)
 scores = task.score(predictions, parts.test)
 """
 
@@ -12,10 +12,11 @@ from rankrace.tasks.glue import GLUE
 from rankrace.tasks.gsm8k import GSM8K
 from rankrace.tasks.medqa import MEDQA
 from rankrace.tasks.scitldr import SCITLDR
+from rankrace.tasks.source import data_root
 from rankrace.tasks.squad2 import SQUAD2
-from rankrace.tasks.task import Kind, Splits, Task
+from rankrace.tasks.task import Kind, Splits, Task, documents
 
-__all__ = ["TASKS", "Kind", "Splits", "Task", "find_task"]
+__all__ = ["TASKS", "Kind", "Splits", "Task", "data_root", "documents", "find_task"]
 
 TASKS: dict[str, Task] = {task.name: task for task in (SQUAD2, *GLUE, MEDQA, GSM8K, SCITLDR)}
 

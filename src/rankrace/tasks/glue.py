@@ -9,11 +9,12 @@ sentences. Here whole sentences are held out, and every phrase of theirs leaves 
 the validation loss would reward memory.
 
 Metrics, the official ones: accuracy; F1 and accuracy (MRPC, QQP); Matthews' correlation (CoLA); Pearson's and
-Spearman's correlation (STS-B, where an answer that is no number counts as 0.0, one above 5 as 5.0).
+Spearman's correlation (STS-B, where an answer that is no number counts as 0.0, one above 5 as 5.0). Rows of CoLA are
+compared by whether they are right, rows of STS-B by closeness: 100 for the right number, 0 for one that is 5 off.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,11 @@ from typing import Any
 from rankrace.data.files import Rows, read_file
 from rankrace.tasks.metrics import accuracy, f1, matthews, pearson, spearman
 from rankrace.tasks.source import hub_only, read_hub
-from rankrace.tasks.task import Kind, Splits, Task, content, hold_out, in_random_order, without_copies
+from rankrace.tasks.task import Kind, Measure, Splits, Task, content, hold_out, in_random_order, without_copies
 
 HUB = "nyu-mll/glue"
-Measure = Callable[[Sequence[str], Rows], dict[str, float]]
+HIGHEST = 5.0
+"""Similarity in STS-B; the lowest is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +129,30 @@ def _matthews(predictions: Sequence[str], rows: Rows) -> dict[str, float]:
 
 
 def _correlations(predictions: Sequence[str], rows: Rows) -> dict[str, float]:
-    found = [re.search(r"\d+(?:\.\d+)?", text) for text in predictions]
-    numbers = [min(5.0, float(match[0])) if match else 0.0 for match in found]
-    right = [float(answer) for answer in _answers(rows)]
+    numbers, right = _numbers(predictions), [float(answer) for answer in _answers(rows)]
     return {"pearson": 100 * pearson(numbers, right), "spearman": 100 * spearman(numbers, right)}
 
 
-def _task(name: str, corpus: Corpus, measure: Measure, metrics: tuple[str, ...], kind: Kind = "label") -> Task:
+def _closeness(predictions: Sequence[str], rows: Rows) -> dict[str, float]:
+    pairs = zip(_numbers(predictions), _answers(rows), strict=True)
+    off = [abs(number - float(answer)) for number, answer in pairs]
+    return {"closeness": 100 - 100 / HIGHEST * sum(off) / len(off)}
+
+
+def _numbers(predictions: Sequence[str]) -> list[float]:
+    """Each prediction's first number."""
+    found = [re.search(r"\d+(?:\.\d+)?", text) for text in predictions]
+    return [min(HIGHEST, float(match[0])) if match else 0.0 for match in found]
+
+
+def _task(
+    name: str,
+    corpus: Corpus,
+    measure: Measure,
+    metrics: tuple[str, ...],
+    kind: Kind = "label",
+    by_row: Measure | None = None,
+) -> Task:
     return Task(
         name=name,
         kind=kind,
@@ -142,6 +161,7 @@ def _task(name: str, corpus: Corpus, measure: Measure, metrics: tuple[str, ...],
         max_new_tokens=8,
         read=partial(_read, name, corpus),
         measure=measure,
+        by_row=by_row,
     )
 
 
@@ -213,9 +233,9 @@ GLUE = (
     _task("sst2", SST2, _accuracy, ("accuracy",)),
     _task("mrpc", MRPC, _f1_accuracy, ("f1", "accuracy")),
     _task("rte", RTE, _accuracy, ("accuracy",)),
-    _task("cola", COLA, _matthews, ("matthews",)),
+    _task("cola", COLA, _matthews, ("matthews",), by_row=_accuracy),
     _task("qnli", QNLI, _accuracy, ("accuracy",)),
     _task("mnli", MNLI, _accuracy, ("accuracy",)),
     _task("qqp", QQP, _f1_accuracy, ("f1", "accuracy")),
-    _task("stsb", STSB, _correlations, ("pearson", "spearman"), kind="generation"),
+    _task("stsb", STSB, _correlations, ("pearson", "spearman"), kind="generation", by_row=_closeness),
 )

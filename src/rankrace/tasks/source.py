@@ -6,11 +6,18 @@ The folder (RANKRACE_DATA) is laid out as
     medmcqa/validation.jsonl     gsm8k/{train,test}.jsonl     scitldr/{train,dev,test}.jsonl
 """
 
+import os
 from pathlib import Path
 
 from rankrace.data.files import Rows
 from rankrace.data.hub import hub_rows, load_hub
 from rankrace.errors import RankraceError
+
+
+def data_root() -> Path | None:
+    """The folder of local data sets, $RANKRACE_DATA; None: tasks come from the hub."""
+    root = os.environ.get("RANKRACE_DATA")
+    return Path(root) if root else None
 
 
 def read_hub(name: str, subset: str | None, split: str, revision: str | None = None) -> Rows:

@@ -23,6 +23,10 @@ Kind = Literal["generation", "options", "label"]
 options: the likeliest of the row's options. label: the same, and the options are those of every row."""
 
 
+Measure = Callable[[Sequence[str], Rows], dict[str, float]]
+"""Predictions and their rows → name → score, times 100."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Splits:
     """The rows of the three parts."""
@@ -48,7 +52,9 @@ class Task:
     max_new_tokens: int
     """Room for a generated answer, also of a task whose kind is options or label: these can be written too."""
     read: Callable[[Path | None, int], Splits]
-    measure: Callable[[Sequence[str], Rows], dict[str, float]]
+    measure: Measure
+    by_row: Measure | None = None
+    """What rows are compared by where each metric is one of the set, times 100: 100 is right."""
 
     def splits(self, root: Path | None, seed: int) -> Splits:
         """Read the rows.
@@ -70,9 +76,15 @@ class Task:
             ) from error
 
     def row_scores(self, predictions: Sequence[str], rows: Rows) -> dict[str, list[float]]:
-        """Of each metric that is a mean over rows, the score of each row, times 100. Arguments as for `score`."""
-        single = [self.score([p], [row]) for p, row in zip(predictions, rows, strict=True)]
-        return {m: [scores[m] for scores in single] for m in self.metrics if m not in self.of_the_set}
+        """The score of each row, times 100, by each metric that is a mean over rows; where there is none, by
+        `by_row`. For paired comparisons: the first is that of the task's first metric, or what stands in for it.
+
+        Arguments and errors as for `score`.
+        """
+        self._check(predictions, rows)
+        measure = self.by_row or self.measure
+        single = [measure([p], [row]) for p, row in zip(predictions, rows, strict=True)]
+        return {name: [scores[name] for scores in single] for name in single[0] if name not in self.of_the_set}
 
     def score(self, predictions: Sequence[str], rows: Rows) -> dict[str, float]:
         """The task's metrics, each times 100.
@@ -85,6 +97,10 @@ class Task:
             RankraceError: no predictions.
             ValueError: another number of predictions than of rows.
         """
+        self._check(predictions, rows)
+        return self.measure(predictions, rows)
+
+    def _check(self, predictions: Sequence[str], rows: Rows) -> None:
         if len(predictions) != len(rows):
             raise ValueError(f"{len(predictions)} predictions for {len(rows)} rows")
         if not rows:
@@ -93,7 +109,14 @@ class Task:
                 why="a mean over nothing is not a number.",
                 fix="evaluate on at least one row.",
             )
-        return self.measure(predictions, rows)
+
+
+def documents(rows: Rows) -> list[int] | None:
+    """Which rows share a document, as numbers; None where rows have none."""
+    if not rows or "document" not in rows[0]:
+        return None
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(row["document"], len(numbers)) for row in rows]
 
 
 def content(text: str) -> str:
