@@ -676,7 +676,7 @@ def made(
         "parameters": 10, "rank": None, "peak_bytes": 2**30,
         "time": {"train_s": 2.0, "search_s": 0.5}, "baselines": {"empty": {"accuracy": 0.0}}, "slots": 1,
         "hardware": {"device": "cpu"}, "versions": {"torch": "2"}, "commit": "c", "dirty": False,
-        "settings": {"model": "m", "test_max": None}, **more,
+        "settings": {"model": "m", "test_max": None}, "notes": [], **more,
     }  # fmt: skip
 
 
@@ -802,10 +802,34 @@ def test_times_from_a_pass_of_their_own() -> None:
     again = {"full0": runs["full0"] | {**took(7.0, 1), "rows": [], "peak_bytes": 5}}
     table = build(runs, again)
     assert (table.rows[0].train_s, table.rows[0].cells["rte"].values) == (7.0, (90.0, 90.0))
+    assert runs["full0"]["time"]["train_s"] == 50.0
     with pytest.raises(RankraceError, match="no run of the table was done again"):
         build(runs, {"other": again["full0"]})
     with pytest.raises(RankraceError, match="full0 was run with other settings"):
         build(runs, {"full0": again["full0"] | {"fingerprint": "g"}})
+
+
+def test_a_run_alone_is_not_compared_with_one_in_company() -> None:
+    """Two methods that take the same, one of them done again alone, in a tenth of the time."""
+    runs = {
+        r["key"]: r | {"fingerprint": "f"}
+        for r in (made("lora-r8", 0, RIGHT, **took(50.0, 4)), made("shrink", 0, RIGHT, **took(50.0, 4)))
+    }
+    table = build(runs, {"lora-r80": runs["lora-r80"] | took(5.0, 1)})
+    assert {row.method: row.train_s for row in table.rows} == {"lora-r8": 50.0, "shrink": 50.0}
+    assert "time 1.00 of lora-r8 (claimed: 0.95)" in table.claims[0]
+    again = {key: r | took(t, 1) for (key, r), t in zip(runs.items(), (5.0, 4.0), strict=True)}
+    table = build(runs, again)
+    assert {row.method: row.train_s for row in table.rows} == {"lora-r8": 5.0, "shrink": 4.0}
+    assert "time 0.80 of lora-r8 (as claimed)" in table.claims[0]
+
+
+def test_the_notes_say_what_costs_mean() -> None:
+    small = ["Out of memory in a pass of 512 tokens (512 × 1) at step 3: taken again, from now on with at most 256."]
+    notes = "\n".join(table_of([made("full", 0, RIGHT, notes=small), made("lora-r8", 0, RIGHT)]).notes)
+    assert "GLUE: the mean over rte." in notes
+    assert "after running out of memory, beside others mostly: full 1." in notes
+    assert "Peak memory: the largest of a method's runs." in notes
 
 
 def test_a_run_at_a_rate_that_is_no_more_the_best_does_not_count() -> None:

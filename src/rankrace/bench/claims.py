@@ -23,6 +23,8 @@ COSTS = (
     ("memory", "full", 0.65),
 )
 """A cost, the method it is compared with, and the share of that method's cost that is claimed."""
+AGAIN = "again"
+"""In a record: what it cost when it was done again with a GPU to itself."""
 
 
 def claims(runs: Sequence[Record]) -> list[str]:
@@ -62,9 +64,9 @@ def quality(runs: Sequence[Record], strategy: str) -> str:
 def cost(runs: Sequence[Record], strategy: str, what: str, reference: str, claimed: float) -> str:
     """Its share of the reference's cost, and whether that is as claimed. Times are of runs alone, if there are."""
     both = shared(runs, strategy, reference)
-    if what == "time":
-        both = {task: (alone(mine), alone(theirs)) for task, (mine, theirs) in both.items()}
-        both = {task: some for task, some in both.items() if all(some)} or shared(runs, strategy, reference)
+    if what == "time":  # never a run that had company beside one that had none
+        undisturbed = {task: (alone(mine), alone(theirs)) for task, (mine, theirs) in both.items()}
+        both = {task: some for task, some in undisturbed.items() if all(some)} or both
     mine, theirs = (sum(mean(some[i], what) for some in both.values()) for i in (0, 1))
     if not theirs or math.isnan(mine / theirs):
         return ""
@@ -84,5 +86,6 @@ def mean(runs: Sequence[Record], what: str) -> float:
 
 
 def alone(runs: Sequence[Record]) -> list[Record]:
-    """Those that had their GPU (or the machine) to themselves: only their times can be compared."""
-    return [run for run in runs if run["slots"] <= 1]
+    """Those that had their GPU (or the machine) to themselves at least once, as they were then: only their times can
+    be compared."""
+    return [run | run.get(AGAIN, {}) for run in runs if AGAIN in run or run["slots"] <= 1]

@@ -4,12 +4,13 @@ Legend: n seeds of a cell.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rankrace.bench.claims import alone, claims
+from rankrace.bench.claims import AGAIN, alone, claims
 from rankrace.bench.paired import Difference, difference
 from rankrace.bench.record import Record
 from rankrace.bench.store import outdated
@@ -118,20 +119,21 @@ def build(records: dict[str, Record], times: dict[str, Record] | None = None) ->
     measured = [m for m in methods if any(m in cells[task] for task in tasks)]
     common = tuple(task for task in tasks if all(m in cells[task] for m in measured))
     undisturbed = {(r["method"], r["task"]) for r in alone(runs)}
-    timed = tuple(task for task in common if all((m, task) in undisturbed for m in measured)) or common
-    rows = [row_of(method, tasks, common, timed, cells, records) for method in methods]
+    clean = tuple(task for task in common if all((m, task) in undisturbed for m in measured))
+    timed = clean or common
+    rows = [row_of(method, tasks, common, timed, cells, records, bool(clean)) for method in methods]
     baselines: dict[str, dict[str, float]] = {}
     for record in runs:
         for name, scores in record["baselines"].items():
             baselines.setdefault(name, {})[record["task"]] = scores[TASKS[record["task"]].metrics[0]]
     return Table(
         model=runs[0]["settings"]["model"], tasks=tasks, common=common, timed=timed, rows=rows, baselines=baselines,
-        claims=claims(runs), notes=notes_of(rows, runs, common, timed),
+        claims=claims(runs), notes=notes_of(rows, runs, common, timed, bool(clean)),
     )  # fmt: skip
 
 
 def with_times(records: dict[str, Record], times: dict[str, Record]) -> dict[str, Record]:
-    """The records, those of them that are among `times` with time and memory from there."""
+    """The records, those of them that are among `times` with what they cost there."""
     again = {key: r for key, r in times.items() if key in records and r["status"] == "done" and not r["tuning"]}
     different = [key for key, r in again.items() if r["fingerprint"] != records[key]["fingerprint"]]
     if different or not again:
@@ -140,8 +142,8 @@ def with_times(records: dict[str, Record], times: dict[str, Record]) -> dict[str
             why="its time would be that of something else",
             fix="copy the tuning's records into the folder of --times, and run the same experiment into it",
         )
-    costs = ("time", "slots", "peak_bytes")
-    return {key: r | {c: again[key][c] for c in costs} if key in again else r for key, r in records.items()}
+    costs = {key: {AGAIN: {"time": r["time"]}} for key, r in again.items() if r["slots"] <= 1}
+    return {key: r | costs.get(key, {}) for key, r in records.items()}
 
 
 def cells_of(task: str, runs: list[Record]) -> dict[str, Cell]:
@@ -180,7 +182,11 @@ def row_of(
     timed: Sequence[str],
     cells: dict[str, dict[str, Cell]],
     records: dict[str, Record],
+    clean: bool,
 ) -> Row:
+    """Args:
+    clean: times are of runs that had a GPU to themselves, and of no others.
+    """
     mine = {task: cells[task][method] for task in tasks if method in cells[task]}
     runs = [r for r in records.values() if r["method"] == method]
     done = [r for r in runs if r["status"] == "done" and not r["tuning"]]
@@ -189,7 +195,7 @@ def row_of(
 
     def total(name: str) -> float:
         """Σ over tasks of the mean over seeds."""
-        found = [alone(on[task]) or on[task] for task in timed]
+        found = [alone(on[task]) if clean else on[task] for task in timed]
         return sum(float(np.mean([r["time"][name] for r in some])) for some in found if some)
 
     glue = [task.name for task in GLUE if task.name in tasks]
@@ -231,7 +237,9 @@ def gaps_of(row: Row, tasks: Sequence[str], seeds: Sequence[int]) -> list[str]:
     return gaps
 
 
-def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str], timed: Sequence[str]) -> list[str]:
+def notes_of(
+    rows: list[Row], runs: list[Record], common: Sequence[str], timed: Sequence[str], clean: bool
+) -> list[str]:
     """What a reader must know, a sentence each."""
     devices = sorted({r["hardware"]["device"] for r in runs})
     commits = sorted({str(r["commit"])[:12] + ("+" if r["dirty"] else "") for r in runs})
@@ -239,8 +247,6 @@ def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str], timed: 
     names = sorted({r["experiment"] for r in runs})
     sizes = {r["task"]: len(r["rows"]) for r in runs}
     seeds = sorted({seed for row in rows for cell in row.cells.values() for seed in cell.seeds})
-    done = {row.method for row in rows if row.cells}
-    clean = all({r["method"] for r in alone(runs) if r["task"] == task} == done for task in timed)
     most_slots = max(r["slots"] for r in runs)
     notes = [
         f"Experiment: {', '.join(names)} (`rankrace bench run experiments/{names[0]}.yaml`).",
@@ -262,7 +268,16 @@ def notes_of(rows: list[Row], runs: list[Record], common: Sequence[str], timed: 
                      "to themselves; those of the tuning may not have had.")  # fmt: skip
     elif most_slots > 1:
         notes.append(f"Up to {most_slots} runs shared the machine, or a GPU of it, and no task was timed without "
-                     "others: times are longer than they need be, and by how much differs.")  # fmt: skip
+                     "others by all methods: times are longer than they need be, and by how much differs. Against "
+                     "the claims stand those that had a GPU to themselves, where both methods have such.")  # fmt: skip
+    if any(row.glue is not None for row in rows):
+        notes.append(f"GLUE: the mean over {', '.join(task.name for task in GLUE if task.name in sizes)}.")
+    notes.append("Peak memory: the largest of a method's runs. Against the claims stand means over seeds, summed "
+                 "over tasks.")  # fmt: skip
+    smaller = Counter(r["method"] for r in runs if any("Out of memory" in note for note in r.get("notes", [])))
+    if smaller:
+        found = ", ".join(f"{method} {count}" for method, count in sorted(smaller.items()))
+        notes.append(f"Runs that went on in smaller passes after running out of memory beside others: {found}.")
     missing = [f"{row.method} ({', '.join(gaps)})" for row in rows if (gaps := gaps_of(row, list(sizes), seeds))]
     if missing:
         notes.append(f"Missing runs, tasks and seeds of them: {'; '.join(missing)}. Means are over what is there.")
