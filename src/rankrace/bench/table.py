@@ -269,7 +269,7 @@ def notes_of(
     elif most_slots > 1:
         notes.append(f"Up to {most_slots} runs shared the machine, or a GPU of it, and no task was timed without "
                      "others by all methods: times are longer than they need be, and by how much differs. Against "
-                     "the claims stand those that had a GPU to themselves, where both methods have such.")  # fmt: skip
+                     "the claims stand those that had a GPU to themselves, where both have such.")  # fmt: skip
     if any(row.glue is not None for row in rows):
         notes.append(f"GLUE: the mean over {', '.join(task.name for task in GLUE if task.name in sizes)}.")
     notes.append("Peak memory: the largest of a method's runs. Against the claims stand means over seeds, summed "
