@@ -201,11 +201,14 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     assert resumed["validation_loss"] == pytest.approx(record(tmp_path / "whole", key)["validation_loss"], rel=1e-5)
 
 
-def runner_of(experiment: Path, out: Path, slots: int, save_s: float = 0.0, **options: Any) -> subprocess.Popen[str]:
-    """`bench run` in a process of its own; if not told otherwise it saves after every step."""
+def runner_of(
+    experiment: Path, out: Path, slots: int, save_s: float = 0.0, then: str = "", **options: Any
+) -> subprocess.Popen[str]:
+    """`bench run` in a process of its own, and then something else; by default it saves after every step."""
     code = (
         "from pathlib import Path; from rankrace.bench.run import run_experiment;"
         f"run_experiment(Path({str(experiment)!r}), Path({str(out)!r}), slots={slots}, device='cpu', save_s={save_s})"
+        f"\n{then}"
     )
     return subprocess.Popen([sys.executable, "-c", code], text=True, **options)
 
@@ -262,6 +265,25 @@ def test_an_interrupt_before_the_first_run_is_one_too(tmp_path: Path, bert: Path
     _, said = runner.communicate(timeout=60)
     assert "rankrace.interrupt.Interrupted: the same command again" in said
     assert not list((out / "runs").iterdir())
+
+
+def test_after_a_bench_the_processes_of_others_hear_interrupts(tmp_path: Path, bert: Path) -> None:
+    """The server that forked the bench's is the whole program's."""
+    experiment = written(tmp_path, bert, methods=["base"], tasks=["rte"])
+    others = """
+import multiprocessing, os, signal, time
+sleeping = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,))
+sleeping.start()
+time.sleep(1)
+os.kill(sleeping.pid, signal.SIGINT)
+sleeping.join(20)
+print("ended with", sleeping.exitcode)
+sleeping.kill()
+"""
+    runner = runner_of(experiment, tmp_path / "out", slots=1, then=others, stdout=subprocess.PIPE)
+    said, _ = runner.communicate(timeout=120)
+    assert (tmp_path / "out/runs/rte--base--seed0--lr1.json").exists()
+    assert "ended with 1" in said
 
 
 def test_a_runner_that_is_killed_loses_only_the_runs_in_hand(tmp_path: Path, bert: Path) -> None:

@@ -34,7 +34,7 @@ from rankrace.methods.peft_lora import wrapped
 from rankrace.training.compiled import compile_blocks
 from rankrace.training.loop import Recipe, Trainer
 from rankrace.training.memory import Meter
-from rankrace.training.model import PackedModel
+from rankrace.training.model import PackedModel, load_model
 from rankrace.training.passes import Eager
 from tinyfolder import PARITIES, SHORT, SUMS, tiny_bert, tiny_llama, write_rows
 
@@ -380,9 +380,7 @@ def test_a_loaded_4_bit_model_is_searched(bitsandbytes: Any, smollm2: Path, tmp_
         folder, dtype=torch.float32, quantization_config=four_bits, device_map={"": "cpu"}
     )
     layer = model.model.layers[0].mlp.down_proj
-    own = rr.train.__globals__["load_model"](
-        str(folder), "causal", None, device=CPU, dtype=torch.float32, seed=0, quantize_to="nf4"
-    )
+    own = load_model(str(folder), "causal", None, device=CPU, dtype=torch.float32, seed=0, quantize_to="nf4")
     assert torch.equal(nf4.whole(layer), nf4.whole(own.model.layers[0].mlp.down_proj))
     options = {"ranks": (2, 4), "max_steps": 6, "batch_size": 8}
     chosen = rr.search(model, AutoTokenizer.from_pretrained(folder), SUMS, **options)

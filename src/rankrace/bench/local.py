@@ -115,7 +115,7 @@ def run_processes(
     # set up before it, and some libraries (bitsandbytes) do that when they are loaded.
     context = multiprocessing.get_context("spawn") if gpus else multiprocessing.get_context("forkserver")
     if not gpus:
-        context.set_forkserver_preload(["rankrace.bench.job"])
+        context.set_forkserver_preload(["rankrace.bench.preloaded"])
     places = [Slot(gpu=gpus[i % len(gpus)] if gpus else None) for i in range(slots)]
     work = Work(
         experiment=experiment, folder=store.folder.absolute(), device="cuda" if gpus else device, save_s=save_s,
@@ -174,7 +174,7 @@ def sight_of(gpu: int | None) -> Iterator[None]:
 
 @contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started meanwhile never get SIGINT. A terminal sends Ctrl-C to them, too, and the SIGTERM by
+    """Processes that are started meanwhile get no SIGINT. A terminal sends Ctrl-C to them, too, and the SIGTERM by
     which the runner then asks them to save would be taken for a second, impatient one."""
     resource_tracker.ensure_running()  # its start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -253,6 +253,7 @@ def record_failure(experiment: Experiment, job: Job, folder: Path, error: str, s
 def serve(pipe: Connection, work: Work, on_gpu: bool) -> None:
     """Does the runs that come through the pipe, until it is closed; says after each whether it can do another."""
     os.setsid()  # a terminal that is closed ends the runner alone, and that lets this run save itself
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # where it comes of a server that was there already
     torch.set_num_threads(work.threads)
     threading.Thread(target=end_with_runner, daemon=True).start()
     try:
