@@ -15,13 +15,12 @@ race       grid: as the paper has it
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from benchmarks.study import Study, arguments, ended, run_units
 from benchmarks.sweep import OTHER_RATES, RATES
 from rankrace.data.encoded import EncodedSet
 from rankrace.record import decision_of, reason_of
 from rankrace.session import Session, prepare
+from rankrace.training.device import wait_for
 
 ARMS: dict[str, dict[str, Any]] = {
     "fixed": {"strategy": "grid", "ranks": (16,), "refine": False},
@@ -42,8 +41,7 @@ def run(study: Study, arms: tuple[str, ...], only_choice: bool) -> dict[str, Any
         trainer, search = session.trainer, session.search
         for _ in search.run(only_choice=only_choice):
             pass
-        if trainer.bank.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(trainer.bank.device)
         found[name] = chosen(session)
         if not only_choice:
             fresh = trainer.measure(study.fresh)

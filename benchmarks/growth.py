@@ -40,13 +40,13 @@ from benchmarks.shapes import (
     peak_bytes,
     random_model,
     reset_peak,
-    synchronize,
     versions,
 )
 from rankrace.bank import Bank
 from rankrace.plan import graph_worth
 from rankrace.report.canvas import INK, RAMP, WIDE, canvas, to_svg
 from rankrace.training.compiled import compile_blocks
+from rankrace.training.device import wait_for
 from rankrace.training.loop import Recipe, Trainer
 from rankrace.training.memory import gauge
 from rankrace.training.model import PackedModel
@@ -141,7 +141,7 @@ class Bench:
 
             for i in range(self.given.warm):
                 step(i)
-            synchronize(self.device)
+            wait_for(self.device)
             peak = peak_bytes(self.device) if self.device.type == "cuda" else taken.peak
         ms = statistics.median(milliseconds(step, range(self.given.steps), self.device))
         if trainer.notes:  # passes became smaller, and that is another measurement

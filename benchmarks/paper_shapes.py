@@ -33,7 +33,6 @@ from benchmarks.shapes import (
     peak_bytes,
     random_model,
     reset_peak,
-    synchronize,
     versions,
 )
 from rankrace.bank import Bank
@@ -42,6 +41,7 @@ from rankrace.data import Data
 from rankrace.methods import find_method
 from rankrace.select.shrink import PLANS
 from rankrace.session import recipe_of
+from rankrace.training.device import wait_for
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel
 
@@ -109,7 +109,7 @@ class Measurement:
                 batch = trainer.batch(step)
                 began = time.perf_counter()
                 trainer.take_step(batch)
-                synchronize(self.device)
+                wait_for(self.device)
                 seconds.append(time.perf_counter() - began)
         except torch.OutOfMemoryError:
             return None
@@ -122,7 +122,7 @@ class Measurement:
         trainer, _ = adapters((FINAL,))(self, self.blocks)
         examples = (self.data.validation.examples * LOOKED)[:LOOKED]
         trainer.measure(examples[:64])
-        synchronize(self.device)
+        wait_for(self.device)
         began = time.perf_counter()
         trainer.measure(examples)
         return time.perf_counter() - began

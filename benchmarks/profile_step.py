@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.lengths import ROWS, read_lengths
-from benchmarks.shapes import SHAPES, made_up, peak_bytes, random_model, synchronize
+from benchmarks.shapes import SHAPES, made_up, peak_bytes, random_model
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.training.compiled import compile_blocks, uncompile
+from rankrace.training.device import wait_for
 from rankrace.training.loop import Recipe, Trainer
 from rankrace.training.model import PackedModel
 
@@ -67,7 +68,7 @@ def table(go: Callable[[], None], device: torch.device, times: int, rows: int) -
         began = time.perf_counter()
         for _ in range(times):
             go()
-        synchronize(device)
+        wait_for(device)
         wall = (time.perf_counter() - began) * 1e3 / times
     cuda = device.type == "cuda"
     spent: dict[str, tuple[float, int]] = {}
@@ -108,11 +109,11 @@ def products(device: torch.device, tokens: int, D_in: int, D_out: int, R: int) -
     for name, way in ways.items():
         ms = []
         for i in range(13):
-            synchronize(device)
+            wait_for(device)
             began = time.perf_counter()
             for _ in range(10):
                 way()
-            synchronize(device)
+            wait_for(device)
             if i >= 3:
                 ms.append((time.perf_counter() - began) * 100)
         best = statistics.median(ms)
@@ -159,12 +160,12 @@ def main() -> None:
         trainer, run = steps(model, train, ranks, options.batch, options.micro_tokens, "graphs" in way)
         for _ in range(options.warm):
             next(run)
-        synchronize(device)
+        wait_for(device)
         warmed, tokens, ms = time.perf_counter() - began, trainer.tokens, []
         for _ in range(options.steps):
             began = time.perf_counter()
             loss_K = next(run)
-            synchronize(device)
+            wait_for(device)
             ms.append((time.perf_counter() - began) * 1e3)
         median = statistics.median(ms)
         KT = len(ranks) * (trainer.tokens - tokens) / options.steps

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.lengths import Lengths
 from rankrace.data import Data
 from rankrace.data.encoded import NO_LABEL, Encoded, EncodedSet
+from rankrace.training.device import wait_for
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -105,15 +106,10 @@ def matmul_rates(shape: str, device: torch.device, dtype: torch.dtype, seconds: 
         at = time.perf_counter()
         for i in range(times):
             run(i)
-        synchronize(device)
+        wait_for(device)
         now = time.perf_counter()
         done.append((now - began, 2 * T * D_in * D_out * times / (now - at) / 1e12))
     return max(rates), statistics.median(rate for at, rate in done if at >= seconds * 2 / 3)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def forget(device: torch.device) -> None:

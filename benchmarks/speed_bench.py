@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.shapes import SHAPES, allocated_bytes, forget, milliseconds, peak_bytes, random_model, synchronize
+from benchmarks.shapes import SHAPES, allocated_bytes, forget, milliseconds, peak_bytes, random_model
 from rankrace.bank import check_quantize
+from rankrace.training.device import wait_for
 from rankrace.training.model import load_model
 
 BATCH, LR, ALPHA, FINAL = 32, 1e-4, 16.0, 8
@@ -42,7 +43,7 @@ class Bench:
         began = time.perf_counter()
         for i in warm:
             step(i)
-        synchronize(self.device)
+        wait_for(self.device)
         warmed = time.perf_counter() - began
         ms = milliseconds(step, range(steps), self.device)
         median = statistics.median(ms)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.lengths import ROWS, read_lengths
-from benchmarks.shapes import allocated_bytes, empty, made_up_data, peak_bytes, reset_peak, synchronize
+from benchmarks.shapes import allocated_bytes, empty, made_up_data, peak_bytes, reset_peak
 from benchmarks.speed_bench import ALPHA, BATCH, FINAL, LR, Bench, Found
 from rankrace.bank import Bank, quantize
 from rankrace.config import RunConfig
@@ -18,6 +18,7 @@ from rankrace.select.learning_rate import multiplier
 from rankrace.select.shrink import STABLE_LOOKS, Shrink, ladder
 from rankrace.session import recipe_of
 from rankrace.training.compiled import compile_blocks, uncompile
+from rankrace.training.device import wait_for
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel
 
@@ -113,14 +114,14 @@ class Ours:
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
             whole = bank.candidates.spectra(0)
-            synchronize(device)
+            wait_for(device)
             cut = time.perf_counter()
             abreast = trainer.abreast_on(some, len(ladder))
             for k in range(0, len(ladder), abreast):
                 part = slice(k, k + abreast)
                 with bank.borrowed(bank.candidates.truncations(0, ladder[part], multipliers[part], whole)):
                     trainer.measure(some)
-            synchronize(device)
+            wait_for(device)
             seconds.append((cut - began, time.perf_counter() - cut))
             del whole
         spectra, measuring = seconds[-1]

@@ -16,7 +16,7 @@ from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Encoded
 from rankrace.errors import RankraceError
-from rankrace.evaluate.generate import LOOK_EVERY, answer, batches, generate, remembering
+from rankrace.evaluate.generate import LOOK_EVERY, Writing, answer, batches, generate, remembering
 from rankrace.evaluate.predict import classified, predict, training_rows
 from rankrace.methods.parameters import Parameters
 from rankrace.session import recipe_of
@@ -108,9 +108,18 @@ def test_answers_that_have_ended_cost_nothing(look_every: int, monkeypatch: pyte
     packed.trunk.register_forward_pre_hook(
         lambda _, __, inputs: steps.append(inputs["input_ids"].shape[1]), with_kwargs=True
     )
+    reaches: list[int] = []
+    see = Writing.see
+
+    def seen(writing: Writing, reach: int) -> None:
+        see(writing, reach)
+        reaches.append(writing.cache.reach)
+
+    monkeypatch.setattr(Writing, "see", seen)
     with remembering(model), torch.no_grad():
         whole = answer(prompts, packed, -1, 150, 4096).tolist()
         assert steps[1:] == [len(prompts)] * 149
+        assert len(reaches) == len(set(reaches)), "a step is captured anew for nothing"
         written = {*whole[0], *whole[1]}
         ends = {token: [[*row, token].index(token) for row in whole] for token in written}
         eos = max(ends, key=lambda token: len(set(ends[token])))

@@ -12,7 +12,7 @@ from rankrace.bank.candidates import padded
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
-from rankrace.select.build import widest
+from rankrace.select.build import opens, widest
 from rankrace.select.learning_rate import default_lr, rates_tried
 from rankrace.select.race import HEATS, PROBE
 from rankrace.select.shrink import PLANS, ladder
@@ -205,7 +205,7 @@ def starting(config: RunConfig, bank: Bank) -> tuple[int, int]:
 def flats_of(config: RunConfig) -> int:
     """Numbers kept for each trainable value: itself, its gradient and two moments, and while learning rates are
     compared its average."""
-    return 5 if config.strategy != "grid" and (len(rates_tried(config.lr_scales)) > 1 or config.twin) else 4
+    return 5 if opens(config) else 4
 
 
 def candidate_bytes(bank: Bank, K: int, R: int, flats: int = 4) -> int:

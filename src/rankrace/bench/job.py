@@ -24,6 +24,7 @@ from rankrace.record import versions
 from rankrace.session import chosen_device, chosen_dtype
 from rankrace.tasks import documents, find_task
 from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
+from rankrace.training.device import wait_for
 from rankrace.training.divergence import alarm_if_diverged
 from rankrace.training.model import is_encoder, load_model
 
@@ -230,8 +231,7 @@ def trained(running: Running, checkpoints: Checkpoints, slots: int, *, keep: boo
                 saving += saved_at - now
             if interrupts.asked:
                 raise Stopped
-    if trainer.bank.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(trainer.bank.device)
     cost = so_far()
     if loss_K is not None:
         alarm_if_diverged(loss_K.tolist(), trainer.step)

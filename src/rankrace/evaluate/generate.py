@@ -90,7 +90,7 @@ def answer(
                 all_NA[writing.place_N] = writing.out_NA
                 writing.keep((~ended_N).nonzero()[:, 0])
         # Room for all steps until the next look, and twice as much each time: the memory of a step is fixed.
-        if longest + count + look_every > cache.reach:
+        if min(longest + count + look_every, cache.cells) > cache.reach:
             writing.see(longest + max(LEAST_REACH, 2 * (cache.reach - longest)))
         writing.take()
     all_NA[writing.place_N] = writing.out_NA

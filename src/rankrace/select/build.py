@@ -30,8 +30,7 @@ def make_strategy(
     if config.strategy == "grid":
         at = max(1, round(config.search_fraction * total))
         return Grid(ranks=ranks, look_step=at, refine=config.refine, objective=objective)
-    scales = rates_tried(config.lr_scales)
-    opened = len(scales) > 1 or config.twin
+    opened = opens(config)
     earliest = opening.SHARE if opened else 0.0
     strategy: Strategy
     if config.strategy == "race":
@@ -58,7 +57,13 @@ def make_strategy(
     first = strategy.next_look([])
     assert first is not None
     step = min(first, max(1, round(opening.SHARE * total)))
+    scales = rates_tried(config.lr_scales)
     return opening.Opening(inner=strategy, scales=scales, twin=config.twin, look_step=step, objective=objective)
+
+
+def opens(config: RunConfig) -> bool:
+    """Whether several candidates of one rank begin, of which an opening keeps one."""
+    return config.strategy != "grid" and (len(rates_tried(config.lr_scales)) > 1 or config.twin)
 
 
 def widest(largest: int, bank: Bank) -> int:

@@ -60,12 +60,17 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The finished steps that its name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_step(folder: Path) -> int:
     """The step of the newest whole checkpoint; 0 where there is none."""
-    return max((int(path.name.removeprefix("step-")) for path in checkpoints(folder)), default=0)
+    return max(map(step_of, checkpoints(folder)), default=0)
 
 
 @contextmanager

@@ -332,7 +332,8 @@ class Trainer(Generic[B]):
         moments = {n.removeprefix(OPTIMIZER): x for n, x in tensors.items() if n.startswith(OPTIMIZER)}
         self.optimizer.load_state(moments)
         if state.get("averaged") is not None:
-            self.average = Average(self.bank.values)
+            self.follow()
+            assert self.average is not None
             self.average.steps = state["averaged"]
             self.average.mean.all_KP.copy_(tensors["average"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
