@@ -134,7 +134,8 @@ class Unadapted:
 def full(bench: Bench) -> Baseline:
     """(c)"""
     model = bench.model().train()
-    return Padded(model, torch.optim.SGD(model.parameters(), LR, fused=True), bench)
+    stateless = bench.given.full_optimizer == "sgd"
+    return Padded(model, torch.optim.SGD(model.parameters(), LR, fused=True) if stateless else adamw(model), bench)
 
 
 BASELINES: dict[str, Callable[[Bench], Baseline]] = {"a": usual, "b": strongest, "c": full}
