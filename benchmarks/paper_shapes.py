@@ -40,6 +40,7 @@ from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.methods import find_method
 from rankrace.select.shrink import PLANS
+from rankrace.select.strategy import LATER
 from rankrace.session import recipe_of
 from rankrace.training.device import wait_for
 from rankrace.training.loop import Trainer
@@ -211,8 +212,8 @@ def line_of(method: str, m: Measurement) -> dict[str, Any]:
         return {"method": method, "train_s": STEPS * part.step_s, "search_s": 0.0, **asdict(part)}
     after = m.part(adapters((FINAL,)))
     if method == "shrink":
-        first, share = m.part(adapters((WIDE,))), max(PLANS[0])
-        looks = len(PLANS[0]) * (RANKS[-1].bit_length() + 1)
+        first, share = m.part(adapters((WIDE,))), LATER
+        looks = (len(PLANS[0]) + 1) * (RANKS[-1].bit_length() + 1)
     else:
         first, share, looks = m.part(adapters(RANKS)), 0.15, len(RANKS)
     search = looks * m.look_s()

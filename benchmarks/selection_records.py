@@ -221,14 +221,14 @@ def adaptive_of(record: Mapping[str, Any]) -> Adaptive:
     )
 
 
-def adaptives(root: Path = ROOT) -> list[Adaptive]:
-    return sorted((adaptive_of(record) for _, record in read(root / "adaptive")), key=lambda a: a.unit)
+def adaptives(root: Path = ROOT, folder: str = "adaptive") -> list[Adaptive]:
+    return sorted((adaptive_of(record) for _, record in read(root / folder)), key=lambda a: a.unit)
 
 
-def choices(root: Path = ROOT) -> dict[tuple[str, str], dict[int, int]]:
+def choices(root: Path = ROOT, runs: str = "adaptive") -> dict[tuple[str, str], dict[int, int]]:
     """(task, strategy) → seed → rank, from whole runs and from those that ended with the choice."""
     found: dict[tuple[str, str], dict[int, int]] = {}
-    for folder in ("choices", "adaptive"):
+    for folder in ("choices", runs):
         for _, record in read(root / folder):
             for name, arm in record["arms"].items():
                 found.setdefault((record["task"], name), {})[record["seed"]] = arm["rank"]

@@ -1,10 +1,13 @@
 """The tables of docs/selection.md, from the raw figures: whatever units are there.
 
-    python -m benchmarks.selection_tables
+    python -m benchmarks.selection_tables [FOLDER]
+
+FOLDER, of whole runs, is adaptive/ unless told otherwise: adaptive_early/ has those that chose by 30%, come what may.
 
 Shapes: K arms of one training (ranks × learning rates).
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -341,9 +344,12 @@ def after_cut(found: Sequence[dict[str, Any]]) -> None:
     table(["arm", *(f"{named(records.unit_of(r))}, lr × {r['lr_scale']:g}" for r in found)], rows)
 
 
-def main(root: Path = records.ROOT) -> None:
+def main(root: Path = records.ROOT, whole: str = "adaptive") -> None:
+    """Args:
+    whole: the folder of whole runs.
+    """
     sweeps, ranks, rates = records.sweeps(root), records.first_ranks(root), records.first_rates(root)
-    runs = records.adaptives(root)
+    runs = records.adaptives(root, whole)
     found = chances(ends_of([*sweeps, *ranks], runs))
     all_ranks = records.newest(sweeps, ranks)
     rated = records.newest(sweeps, rates)
@@ -359,11 +365,11 @@ def main(root: Path = records.ROOT) -> None:
         chance_table(found)
         whole_runs(runs, found)
         against_best(runs, sweeps, found)
-        repeated_choices(records.choices(root))
+        repeated_choices(records.choices(root, whole))
     after_cut(records.after_cuts(root))
     after_cut(records.after_cuts(root, "after_cut_rates"))
     after_cut(records.after_cuts(root, "after_cut_ways"))
 
 
 if __name__ == "__main__":
-    main()
+    main(whole=sys.argv[1] if len(sys.argv) > 1 else "adaptive")

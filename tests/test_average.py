@@ -118,8 +118,9 @@ def test_what_is_lost_in_one_candidate_changes_no_bit_of_the_others(bad: float) 
 
 
 @pytest.fixture
-def search() -> Search:
+def search(monkeypatch: pytest.MonkeyPatch) -> Search:
     """Three learning rates and a twin, then a race, over a tiny model in float64."""
+    monkeypatch.setattr("rankrace.select.objective.TOLD_APART", 0.0)  # or there would be nothing to race for
     hf = tiny("llama")
     bank = Bank(hf)
     recipe = Recipe(epochs=9, max_steps=20, batch_size=8, micro_tokens=200, schedule="linear", warmup=0.1,
@@ -129,7 +130,7 @@ def search() -> Search:
     with bank.off():
         base = trainer.measure(held)
     objective = Objective(penalty=log2_penalty(0.0), rule="one_se")
-    race = Race(total_steps=40, wide=16, ranks=(2, 4, 8), refine=False, objective=objective)
+    race = Race(total_steps=20, wide=16, ranks=(2, 4, 8), refine=False, objective=objective, probe_share=0.2)
     opening = Opening(inner=race, scales=(0.5, 1.0, 2.0), twin=True, look_step=4, objective=objective)
     groups = Held(tokens_N=base.tokens_N, cluster_N=torch.arange(16).numpy(), base_N=base.loss_KN[0])
     made = Search(trainer, opening, held, groups, lambda rank: Setting(multiplier=32 / rank, lr=3e-3))

@@ -176,7 +176,7 @@ def test_looks_take_a_tenth_of_the_work(steps: int, strategy: Literal["shrink", 
         config = RunConfig(model="m", data="d", strategy=strategy)
         plan = LookPlan.of(config, Rows, Steps)  # type: ignore[arg-type]
         work = 2 * 100 * 32 * steps  # in forwards of a token
-        looks = ranks_measured(config, len(plan.fractions)) * plan.looked * held_length
+        looks = ranks_measured(config, plan.most) * plan.looked * held_length
         assert plan.looked >= LOOK_ENOUGH
         assert looks <= LOOK_SHARE * work or plan.looked == LOOK_ENOUGH
         assert plan.fresh * 2 * held_length <= FRESH_SHARE * work or plan.fresh == LOOK_ENOUGH
@@ -198,9 +198,9 @@ def test_plan_of_a_causal_run(smollm2: Path, tmp_path: Path) -> None:
 def test_plan_of_a_race_and_of_learning_rates(smollm2: Path, tmp_path: Path) -> None:
     model, data = tiny_llama(tmp_path / "model", smollm2), write_rows(tmp_path / "sums.jsonl", SUMS)
     for options, candidates, looks in (
-        (["--strategy", "race"], "1 of rank 8", "4 looks"),
-        (["--strategy", "race", "--lr-scales", "0.5,1,2", "--twin"], "4 of rank 8, 8, 8, 8", "4 looks"),
-        (["--lr-scales", "0.5,2"], "3 of rank 8, 8, 8", "1 looks"),
+        (["--strategy", "race"], "1 of rank 8", "5 looks"),
+        (["--strategy", "race", "--lr-scales", "0.5,1,2", "--twin"], "4 of rank 8, 8, 8, 8", "5 looks"),
+        (["--lr-scales", "0.5,2"], "3 of rank 8, 8, 8", "2 looks"),
     ):
         ran = rankrace("plan", "--model", model, "--data", data, "--device", "cpu", *SHORT, *options)
         assert ran.code == 0, ran.err
@@ -210,7 +210,7 @@ def test_plan_of_a_race_and_of_learning_rates(smollm2: Path, tmp_path: Path) -> 
 
 def test_the_time_of_a_race_is_more_than_that_of_its_winner() -> None:
     """Shares of the training: three of four racers, for a tenth; three of four that open, for .15."""
-    plan = LookPlan(fractions=(0.1, 0.12, 0.15, 0.2), looked=64, fresh=64)
+    plan = LookPlan(fractions=(0.1, 0.12, 0.15, 0.2), most=5, looked=64, fresh=64)
     race = RunConfig(model="m", data="d", strategy="race")
     assert besides(race, plan, 1) == pytest.approx(3 * 0.1)
     assert besides(race, plan, 4) == pytest.approx(3 * 0.1 + 3 * 0.15)

@@ -28,6 +28,7 @@ from rankrace.report.text import doubts
 from rankrace.result import Decision, Result
 from rankrace.select.build import make_strategy
 from rankrace.select.grid import Grid
+from rankrace.select.learning_rate import scale_at
 from rankrace.select.objective import Objective, Trial, log2_penalty
 from rankrace.select.opening import Opening
 from rankrace.select.race import Race
@@ -289,6 +290,16 @@ def test_the_first_draw_is_what_it_always_was_and_the_second_another():
             assert torch.equal(A_KRD, found.factors[name][0][:2]), name
 
 
+def test_a_small_rank_takes_less_of_a_raised_rate_over() -> None:
+    """SciTLDR: twice the rate, best at rank 64, cost rank 4 0.14 nats (docs/selection.md)."""
+    assert scale_at(1, 2.0, tried_at=64) == pytest.approx(1.0)
+    assert scale_at(4, 2.0, tried_at=64) == pytest.approx(2 / 16 ** (1 / 6))
+    assert scale_at(64, 2.0, tried_at=64) == 2.0
+    assert scale_at(1, 1.5, tried_at=64) == 1.0, "never below the rate that was given"
+    assert scale_at(4, 0.5, tried_at=64) == 0.5, "a lowered one is taken over whole"
+    assert scale_at(4, 1.0, tried_at=64) == 1.0
+
+
 # --- through a whole run
 
 
@@ -316,11 +327,13 @@ def same_adapter(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["shrink", "race"])
 def test_a_rate_far_too_small_is_found_said_and_left(strategy: str, given: list[object], tmp_path: Path) -> None:
-    """The run that goes on is that of the larger rate alone, through the cuts too, in float64."""
+    """The run that goes on is that of the larger rate alone, through the cuts too, in float64; but small ranks take
+    less of it over."""
     options = ["--strategy", strategy, "--no-refine"]
     ran, found = trained(given, tmp_path / "tried", *options, "--lr", "1e-4", "--lr-scales", "0.5,128", "--twin")
     assert found.decision.lr_scale == 128
-    assert found.learning_rate == pytest.approx(1.28e-2)
+    lower = {r: 1e-4 * scale_at(r, 128, tried_at=8) for r in (2, 4)}
+    assert found.learning_rate == pytest.approx(lower[found.rank])
     assert found.decision.lr_edge == "high"
     assert "but         Learning rate: the largest that was tried was the best, 128 times --lr." in ran.out
     assert [rated.scale for rated in found.learning_rates] == [0.5, 1, 128]
@@ -331,7 +344,9 @@ def test_a_rate_far_too_small_is_found_said_and_left(strategy: str, given: list[
     assert "Learning rate: the largest" in (tmp_path / "tried" / "report.html").read_text()
     # A race that opens probes for longer; with a twin alone it does too.
     twin = ["--twin"] if strategy == "race" else []
-    plain, alone = trained(given, tmp_path / "alone", *options, "--lr", "1.28e-2", *twin)
+    rates = tmp_path / "rates.yaml"
+    rates.write_text(json.dumps({"rank_lr": lower}))
+    plain, alone = trained(given, tmp_path / "alone", *options, "--lr", "1.28e-2", "--config", rates, *twin)
     assert "Learning rate:" not in plain.out
     assert (alone.rank, alone.decision.step) == (found.rank, found.decision.step)
     assert [(p.rank, p.loss) for p in alone.curve] == [(p.rank, pytest.approx(p.loss)) for p in found.curve]

@@ -8,7 +8,7 @@ from examples import examples
 from rankrace.plan import LookPlan
 from rankrace.session import divide
 
-PLAN = LookPlan(fractions=(0.2,), looked=1000, fresh=1000)
+PLAN = LookPlan(fractions=(0.2,), most=2, looked=1000, fresh=1000)
 DOCUMENT = 3
 """Rows of each document."""
 ROWS = [replace(e, group=e.row // DOCUMENT) for e in examples(60)]

@@ -161,7 +161,7 @@ def forecast_of(config: RunConfig, data: Data, hf_model: PreTrainedModel, task: 
         steps=trainer.total,
         step_tokens=step_tokens(trainer),
         largest=largest,
-        looks=len(plan.fractions),
+        looks=plan.most,
         memory=memory,
         seconds=seconds(config, data, trainer, plan, K) if memory.fits else None,
         remedy=None if memory.fits else remedy(config, memory, cost, data),
@@ -199,7 +199,7 @@ def seconds(config: RunConfig, data: Data, trainer: Trainer[Bank], plan: LookPla
     """From one pass, or one step, by the clock."""
     per_token = seconds_per_token(trainer, K)
     one = per_token * step_tokens(trainer)
-    looks = ranks_measured(config, len(plan.fractions))
+    looks = ranks_measured(config, plan.most)
     half = len(data.validation) // 2
     looked, fresh = min(plan.looked, half), min(plan.fresh, half)
     measured = (looks + 1) * looked + 2 * fresh

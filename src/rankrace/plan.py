@@ -252,6 +252,8 @@ class LookPlan:
 
     fractions: tuple[float, ...]
     """When to look, as shares of the training."""
+    most: int
+    """Looks at most."""
     looked: int
     """Examples that a look measures."""
     fresh: int
@@ -270,10 +272,12 @@ class LookPlan:
             "race": ((PROBE, *(PROBE + heat for heat in HEATS)),),
             "grid": ((config.search_fraction,),),
         }[config.strategy]
-        affordable = [int(LOOK_SHARE * training / ranks_measured(config, len(plan))) for plan in plans]
+        later = int(config.strategy != "grid")  # the look at LATER, if ranks cannot be told apart before
+        affordable = [int(LOOK_SHARE * training / ranks_measured(config, len(plan) + later)) for plan in plans]
         chosen = next((i for i, looked in enumerate(affordable) if looked >= LOOK_ENOUGH), len(plans) - 1)
         return LookPlan(
             fractions=plans[chosen],
+            most=len(plans[chosen]) + later,
             looked=max(affordable[chosen], LOOK_ENOUGH),
             fresh=max(int(FRESH_SHARE * training / 2), LOOK_ENOUGH),
         )

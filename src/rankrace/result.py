@@ -101,7 +101,8 @@ class Decision(_Record):
     confident: bool
     """Whether the paired standard errors bear the choice out."""
     lr_scale: float = 1.0
-    """The learning rate that was chosen (--lr-scales), times the rank's own."""
+    """The learning rate that was chosen (--lr-scales), times the rank's own. A smaller rank than the one it was tried
+    at takes less of a raised rate over."""
     lr_edge: Literal["low", "high"] | None = None
     """Whether that is the smallest or the largest of those tried."""
     chance: Measured = None

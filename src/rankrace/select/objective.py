@@ -15,6 +15,8 @@ from rankrace.select.statistics import paired_difference
 
 Source = Literal["direct", "truncated"]
 Edge = Literal["low", "high"] | None
+TOLD_APART = 2.0
+"""Paired standard errors."""
 Penalty = Callable[[int, float], float]
 """(rank, gain G in nats) → nats."""
 
@@ -104,6 +106,13 @@ class Verdict:
         if self.pick == self.alive[0].rank:
             return "low"
         return "high" if self.pick == largest or (self.best == largest and 2 * self.pick > largest) else None
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether rank makes a difference by now: the smallest or the largest is clearly behind the best, or all
+        learn by heart. By loss alone, for a penalty is no evidence; never by an error that is unknown."""
+        best, ends = self.at(self.best), (self.alive[0], self.alive[-1])
+        return self.by_heart or any(abs(p.loss - best.loss) > TOLD_APART * p.se for p in ends if p.rank != best.rank)
 
 
 @dataclass(frozen=True, kw_only=True)

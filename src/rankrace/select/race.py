@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Edge, Objective, Trial, Verdict
-from rankrace.select.strategy import Action, Bench, Cut, Keep, Look, Start, Train, holder, refined
+from rankrace.select.strategy import Action, Bench, Cut, Keep, Look, Start, Train, holder, later_step, refined
 
 PROBE = 0.10
 """The wide candidate's part of the training."""
@@ -41,29 +41,38 @@ class Race:
         return (Start(rank=self.wide),)
 
     @property
-    def look_steps(self) -> list[int]:
-        """The probe's end and the heats', at least a step apart."""
-        steps: list[int] = []
-        for fraction in (self.probe_share, *(self.probe_share + heat for heat in HEATS)):
-            steps.append(max(round(fraction * self.total_steps), steps[-1] + 1 if steps else 1))
-        return [s for s in steps if s < self.total_steps] or [1]
+    def probe_step(self) -> int:
+        return max(1, round(self.probe_share * self.total_steps))
+
+    def heat_steps(self, probed: int) -> list[int]:
+        """After a probe, at least a step apart."""
+        steps = [probed]
+        for heat in HEATS:
+            steps.append(max(probed + round(heat * self.total_steps), steps[-1] + 1))
+        return [s for s in steps[1:] if s < self.total_steps]
 
     def next_look(self, looks: Sequence[Look]) -> int | None:
         if looks and looks[-1].final:
             return None
-        return self.look_steps[len(looks)]
+        began = start_of(looks)
+        if began is None:
+            return later_step(self.total_steps) if looks else self.probe_step
+        return self.heat_steps(looks[began].step)[len(looks) - 1 - began]
 
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
-        last = len(looks) + 1 == len(self.look_steps)
-        return self.probe(step, bench, last) if not looks else self.heat(step, looks, bench, last)
+        if start_of(looks) is None:
+            return self.probe(step, bench)
+        return self.heat(step, looks, bench)
 
-    def probe(self, step: int, bench: Bench, last: bool) -> Look:
+    def probe(self, step: int, bench: Bench) -> Look:
         """Which ranks race. A cut is the worst case of a rank: where it is good enough, no larger one is needed."""
         trials = bench.truncated(0, sorted({1, *self.ranks}))
         # Rank 1 tells what rank buys, whether or not it may be picked.
-        bought = self.objective.judge(trials, bench.held).bought
-        verdict = self.objective.judge([t for t in trials if t.rank in self.ranks], bench.held, bought)
-        enough = verdict.pick
+        whole = self.objective.judge(trials, bench.held)
+        verdict = self.objective.judge([t for t in trials if t.rank in self.ranks], bench.held, whole.bought)
+        if not whole.told_apart and step < later_step(self.total_steps):
+            return Look(step=step, verdict=verdict, action=Train())
+        enough, last = verdict.pick, not self.heat_steps(step)
         racers = tuple(r for r in self.ranks if r <= enough)[-MOST:]
         if last or len(racers) == 1:
             words = (
@@ -79,9 +88,12 @@ class Race:
             )
         return Look(step=step, verdict=verdict, action=Cut(index=0, ranks=racers))
 
-    def heat(self, step: int, looks: Sequence[Look], bench: Bench, last: bool) -> Look:
+    def heat(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
+        began = start_of(looks)
+        assert began is not None
+        last, before = step == self.heat_steps(looks[began].step)[-1], looks[began + 1 :]
         # What rank buys, from the first heat: later ones lack the ranks that were dropped.
-        bought = looks[1].verdict.bought if len(looks) > 1 else None
+        bought = before[0].verdict.bought if before else None
 
         def judge(trials: Sequence[Trial]) -> Verdict:
             return self.objective.judge(trials, bench.held, bought)
@@ -119,6 +131,11 @@ class Race:
             edge=edge_of(verdict, self.ranks),
             reason=reason,
         )
+
+
+def start_of(looks: Sequence[Look]) -> int | None:
+    """Which look cut the wide candidate; None while there was none, but probes that said nothing."""
+    return next((i for i, look in enumerate(looks) if isinstance(look.action, Cut)), None)
 
 
 def edge_of(verdict: Verdict, ranks: Sequence[int]) -> Edge:

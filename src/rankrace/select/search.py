@@ -16,6 +16,7 @@ from torch import Tensor
 from rankrace.bank import Bank, Candidates, Spectrum, allocate
 from rankrace.data.encoded import Encoded
 from rankrace.errors import RankraceError
+from rankrace.select.learning_rate import scale_at
 from rankrace.select.objective import Held, Source, Trial
 from rankrace.select.strategy import Cut, Keep, Look, Strategy
 from rankrace.training.device import wait_for
@@ -104,11 +105,12 @@ class Search:
     def setting(self, rank: int) -> Setting:
         """With the learning rate's scale as it was chosen, if it was."""
         own = self.own_setting(rank)
-        return replace(own, lr=own.lr * self.lr_scale)
+        return replace(own, lr=own.lr * self.lr_scale(rank))
 
-    @property
-    def lr_scale(self) -> float:
-        return self.state.looks[-1].lr_scale if self.state.looks else 1.0
+    def lr_scale(self, rank: int) -> float:
+        """Of the rank's own rate: what was chosen at the rank that began."""
+        looks = self.state.looks
+        return scale_at(rank, looks[-1].lr_scale, self.state.entries[0].rank) if looks else 1.0
 
     @property
     def decided(self) -> bool:
@@ -120,7 +122,8 @@ class Search:
             look_at = self.strategy.next_look(self.state.looks)
             if look_at is None and only_choice:
                 return
-            until = self.trainer.total if look_at is None else min(look_at, self.trainer.total)
+            until = self.trainer.total if look_at is None else look_at
+            assert until <= self.trainer.total, f"{self.strategy.name} would look after step {until}, past the end"
             for loss_K in self.trainer.run(until):
                 self._unread.append(loss_K)
                 yield loss_K
@@ -155,7 +158,8 @@ class Search:
                 self.retire(running, source=running[index])
                 cuts = self.cut(index, ranks, allocation)
                 self.trainer.cut(index, cuts, self.spectra(index), [self.setting(r).lr for r in ranks])
-                self.state.entries += [Entry(rank=r, began=self.trainer.step, lr_scale=self.lr_scale) for r in ranks]
+                step = self.trainer.step
+                self.state.entries += [Entry(rank=r, began=step, lr_scale=self.lr_scale(r)) for r in ranks]
         if len(self.ranks) == 1:
             self.trainer.average = None
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from rankrace.select.objective import Objective, Trial, Verdict
 from rankrace.select.statistics import paired_difference
-from rankrace.select.strategy import Bench, Cut, Look, Start, Train, refined
+from rankrace.select.strategy import Bench, Cut, Look, Start, Train, later_step, refined
 
 BETTER = 2.0
 """Standard errors by which ranks of their own for the layers must beat the same rank for all."""
 STABLE_LOOKS = 3
 STABLE_RATIO = 1.33
 PLANS = ((0.10, 0.15, 0.20, 0.25, 0.30), (0.10, 0.20, 0.30), (0.20,))
-"""When to look, as shares of the training; at the last look the choice is made, stable or not. A short training
-affords fewer looks: each is to measure enough examples for the choice to be one."""
+"""When to look, as shares of the training; at the last look the choice is made, stable or not, if ranks can be told
+apart (else at LATER). A short training affords fewer looks: each is to measure enough examples for a choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,9 @@ class Shrink:
     def next_look(self, looks: Sequence[Look]) -> int | None:
         if looks and looks[-1].final:
             return None
-        return self.look_steps[len(looks)]
+        planned = self.look_steps
+        settled = bool(looks) and (stable([look.verdict.pick for look in looks]) or len(looks) == len(planned))
+        return later_step(self.total_steps) if settled else planned[len(looks)]
 
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
         def judge(trials: Sequence[Trial]) -> Verdict:
@@ -60,10 +62,11 @@ class Shrink:
         measured = ladder(self.largest)
         trials = bench.truncated(0, measured)
         verdict = judge(trials)
-        picks = [*(look.verdict.pick for look in looks), verdict.pick][-STABLE_LOOKS:]
-        stable = len(picks) == STABLE_LOOKS and max(picks) <= STABLE_RATIO * min(picks)
-        last = len(looks) + 1 == len(self.look_steps)
-        if not (stable or last):
+        picks = [*(look.verdict.pick for look in looks), verdict.pick]
+        agreed, last = stable(picks), len(picks) >= len(self.look_steps)
+        picks = picks[-STABLE_LOOKS:]
+        waited = step >= later_step(self.total_steps)
+        if not (waited or ((agreed or last) and verdict.told_apart)):
             return Look(step=step, verdict=verdict, action=Train())
         if self.refine:
             verdict = refined(verdict, trials, bench, judge)
@@ -72,6 +75,10 @@ class Shrink:
         reason += f" picked {seen} among {', '.join(map(str, measured))}"
         if self.refine:
             reason += f", and then, of the integers beside, {verdict.pick}"
+        if waited and len(looks) > 0:
+            reason += (
+                "; no rank could be told from the smallest before, so the wide candidate had trained on until now"
+            )
         allocation = None
         if self.layers:
             allocation, words = layered(bench, verdict.pick)
@@ -82,10 +89,16 @@ class Shrink:
             action=Cut(index=0, ranks=(verdict.pick,), allocation=allocation),
             final=True,
             edge=verdict.edge,
-            # A plan too short to ask for a stable pick was not cut short.
-            capped=last and not stable and len(self.look_steps) >= STABLE_LOOKS,
+            # A plan too short to ask for a stable pick was not cut short, nor one that waited.
+            capped=last and not agreed and not waited and len(self.look_steps) >= STABLE_LOOKS,
             reason=reason,
         )
+
+
+def stable(picks: Sequence[int]) -> bool:
+    """Whether the last few agree."""
+    last = picks[-STABLE_LOOKS:]
+    return len(last) == STABLE_LOOKS and max(last) <= STABLE_RATIO * min(last)
 
 
 def ladder(largest: int) -> list[int]:

@@ -11,6 +11,11 @@ from typing import Literal, Protocol
 from rankrace.select.objective import Edge, Held, Trial, Verdict
 
 Judge = Callable[[Sequence[Trial]], Verdict]
+LATER = 0.60
+"""When one wide candidate is looked at again whose ranks could not be told apart early, as a share of the training.
+Such a curve says one of two things: the smallest rank is enough, or what larger ones are for has not been learnt yet.
+Only the training can tell (docs/selection.md), and to go on at full width costs nothing but the look: a step takes as
+long at any rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +143,11 @@ class Strategy(Protocol):
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
         """Measures and decides."""
         ...
+
+
+def later_step(total_steps: int) -> int:
+    """LATER in steps."""
+    return max(1, round(LATER * total_steps))
 
 
 def refined(verdict: Verdict, trials: Sequence[Trial], bench: Bench, judge: Judge) -> Verdict:
