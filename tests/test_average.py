@@ -120,7 +120,7 @@ def test_what_is_lost_in_one_candidate_changes_no_bit_of_the_others(bad: float) 
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch) -> Search:
     """Three learning rates and a twin, then a race, over a tiny model in float64."""
-    monkeypatch.setattr("rankrace.select.objective.TOLD_APART", 0.0)  # or there would be nothing to race for
+    monkeypatch.setattr("rankrace.select.objective.CLEARLY", 0.0)  # or there would be nothing to race for
     hf = tiny("llama")
     bank = Bank(hf)
     recipe = Recipe(epochs=9, max_steps=20, batch_size=8, micro_tokens=200, schedule="linear", warmup=0.1,

@@ -176,8 +176,9 @@ def test_a_single_rank_to_pick_from():
 @pytest.mark.parametrize("objective", [ONE_SE, ARGMIN, SHARED])
 def test_where_rank_1_is_best_and_may_not_be_picked_the_smallest_is(objective: Objective):
     """What overfits already: every rank above 1 is worse. The sentence has no share of nothing in it."""
-    (look,), going = play(race(objective), bench(lambda rank: 2.0 + 0.1 * math.log2(rank)))
-    assert going == [(2,)]
+    (early, look), going = play(race(objective), bench(lambda rank: 2.0 + 0.1 * math.log2(rank)))
+    assert (early.action, look.step) == (Train(), 60)
+    assert going == [(WIDE,), (2,)]
     assert look.verdict.bought == 0.0
     assert said(look).startswith("rank 2 has the lowest validation loss")
 

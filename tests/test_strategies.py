@@ -140,9 +140,10 @@ def test_a_pick_that_wavers_on_a_flat_curve_waits_too():
     assert looks[-1].verdict.pick == 4
 
 
-def test_larger_ranks_that_are_clearly_worse_are_told_apart_too():
+def test_that_larger_ranks_are_clearly_worse_early_is_no_evidence():
+    """RTE, seed 1: at 20% rank 32 was 2.2 errors behind rank 1, which was taken and ended 0.058 behind rank 16."""
     looks = run(shrink(), [bench(lambda rank: 2.0 + 0.01 * math.log2(rank), noise=0.001)])
-    assert [look.step for look in looks] == [10, 15, 20]
+    assert [look.step for look in looks] == [10, 15, 20, 60]
     assert looks[-1].verdict.pick == 1
 
 

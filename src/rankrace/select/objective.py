@@ -15,7 +15,7 @@ from rankrace.select.statistics import paired_difference
 
 Source = Literal["direct", "truncated"]
 Edge = Literal["low", "high"] | None
-TOLD_APART = 2.0
+CLEARLY = 2.0
 """Paired standard errors."""
 Penalty = Callable[[int, float], float]
 """(rank, gain G in nats) → nats."""
@@ -108,11 +108,14 @@ class Verdict:
         return "high" if self.pick == largest or (self.best == largest and 2 * self.pick > largest) else None
 
     @property
-    def told_apart(self) -> bool:
-        """Whether rank makes a difference by now: the smallest or the largest is clearly behind the best, or all
-        learn by heart. By loss alone, for a penalty is no evidence; never by an error that is unknown."""
-        best, ends = self.at(self.best), (self.alive[0], self.alive[-1])
-        return self.by_heart or any(abs(p.loss - best.loss) > TOLD_APART * p.se for p in ends if p.rank != best.rank)
+    def rank_counts(self) -> bool:
+        """Whether rank has bought anything by now: the smallest is clearly behind the best. (Or all learn by heart.)
+
+        By loss alone, for a penalty is no evidence; never by an error that is unknown. That large ranks are behind
+        early is no evidence either: at a high learning rate much of their update is noise, which goes as it falls.
+        """
+        best, smallest = self.at(self.best), self.alive[0]
+        return self.by_heart or abs(smallest.loss - best.loss) > CLEARLY * smallest.se
 
 
 @dataclass(frozen=True, kw_only=True)

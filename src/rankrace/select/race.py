@@ -70,7 +70,7 @@ class Race:
         # Rank 1 tells what rank buys, whether or not it may be picked.
         whole = self.objective.judge(trials, bench.held)
         verdict = self.objective.judge([t for t in trials if t.rank in self.ranks], bench.held, whole.bought)
-        if not whole.told_apart and step < later_step(self.total_steps):
+        if not whole.rank_counts and step < later_step(self.total_steps):
             return Look(step=step, verdict=verdict, action=Train())
         enough, last = verdict.pick, not self.heat_steps(step)
         racers = tuple(r for r in self.ranks if r <= enough)[-MOST:]

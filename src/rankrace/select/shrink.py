@@ -66,7 +66,7 @@ class Shrink:
         agreed, last = stable(picks), len(picks) >= len(self.look_steps)
         picks = picks[-STABLE_LOOKS:]
         waited = step >= later_step(self.total_steps)
-        if not (waited or ((agreed or last) and verdict.told_apart)):
+        if not (waited or ((agreed or last) and verdict.rank_counts)):
             return Look(step=step, verdict=verdict, action=Train())
         if self.refine:
             verdict = refined(verdict, trials, bench, judge)
