@@ -332,7 +332,7 @@ def test_a_rate_far_too_small_is_found_said_and_left(strategy: str, given: list[
     options = ["--strategy", strategy, "--no-refine"]
     ran, found = trained(given, tmp_path / "tried", *options, "--lr", "1e-4", "--lr-scales", "0.5,128", "--twin")
     assert found.decision.lr_scale == 128
-    lower = {r: 1e-4 * scale_at(r, 128, tried_at=8) for r in (2, 4)}
+    lower = {r: 1e-4 * scale_at(r, 128, tried_at=8) for r in (1, 2, 4)}
     assert found.learning_rate == pytest.approx(lower[found.rank])
     assert found.decision.lr_edge == "high"
     assert "but         Learning rate: the largest that was tried was the best, 128 times --lr." in ran.out
@@ -367,10 +367,12 @@ def test_rates_are_told_apart_after_a_single_step(strategy: str, given: list[obj
     options = ["--strategy", strategy, "--max-steps", 8, "--lr-scales", "0.5,2", "--twin", "--dropout", 0]
     _, found = trained(given, tmp_path / "out", *options)
     opened = [c for c in found.candidates if c.rank == 8]
-    assert sorted(c.steps for c in opened) == [1, 1, 1, found.looks[0].step]
+    *dropped, kept = sorted(c.steps for c in opened)
+    assert dropped == [1, 1, 1]
+    assert kept in {look.step for look in found.looks}
     assert len({series.losses[0] for series in found.history if series.rank == 8}) == 1
     (winner,) = (c for c in found.candidates if c.status == "winner")
-    assert winner.steps == 8 - found.looks[0].step
+    assert winner.steps == 8 - kept
 
 
 def test_a_rate_that_diverges_is_passed_over_and_said(given: list[object], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rankrace.select.objective import Objective, linear_penalty, log2_penalty
 from rankrace.select.race import MOST, WORSE, Race
 from rankrace.select.reason import is_confident, reason
 from rankrace.select.search import SearchState
-from rankrace.select.strategy import Cut, Keep, Look, Start, Strategy, Train
+from rankrace.select.strategy import WAITED, Cut, Keep, Look, Start, Strategy, Train
 
 WIDE = 64
 GRID = (2, 4, 8, 16, 32)
@@ -120,6 +120,9 @@ def test_where_nothing_is_told_apart_it_is_probed_again_later():
     assert strategy.next_look([first, second]) == 62
     never = strategy.look(60, [first], flat)
     assert (never.action, never.final) == (Cut(index=0, ranks=(2,)), True)
+    assert WAITED in said(never)
+    only = race(ranks=(8,)).look(10, [], flat)
+    assert only.action == Cut(index=0, ranks=(8,)), "with one rank nothing is waited for"
     assert not is_confident(never)
 
 
@@ -131,6 +134,7 @@ def test_after_a_late_probe_the_heats_are_as_ever():
         looks.append(strategy.look(step, looks, learnt))
         learnt.ranks = after(learnt.ranks, looks[-1])
     assert [look.step for look in looks] == [10, 60, 62, 65, 70]
+    assert WAITED in said(looks[-1])
     assert learnt.ranks == (8,)
 
 

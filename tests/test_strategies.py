@@ -21,7 +21,7 @@ from rankrace.select.objective import Held, Objective, Trial, log2_penalty
 from rankrace.select.reason import is_confident, reason
 from rankrace.select.search import Entry, SearchState
 from rankrace.select.shrink import Shrink, ladder
-from rankrace.select.strategy import Bench, Cut, Keep, Look, Start, Strategy, Train
+from rankrace.select.strategy import WAITED, Bench, Cut, Keep, Look, Start, Strategy, Train
 
 WIDE, LARGEST = 64, 32
 GRID = (2, 4, 8, 16, 32)
@@ -121,7 +121,7 @@ def test_where_nothing_is_told_apart_shrink_trains_on_at_full_width():
     assert [look.step for look in looks] == [10, 15, 20, 60]
     assert [look.action for look in looks] == [Train(), Train(), Train(), Cut(index=0, ranks=(12,))]
     assert not looks[-1].capped
-    assert "no rank could be told from the smallest before" in looks[-1].reason
+    assert looks[-1].reason.endswith(WAITED)
 
 
 def test_where_nothing_is_ever_told_apart_the_smallest_rank_is_taken_late():
@@ -145,6 +145,19 @@ def test_that_larger_ranks_are_clearly_worse_early_is_no_evidence():
     looks = run(shrink(), [bench(lambda rank: 2.0 + 0.01 * math.log2(rank), noise=0.001)])
     assert [look.step for look in looks] == [10, 15, 20, 60]
     assert looks[-1].verdict.pick == 1
+
+
+def test_a_price_on_rank_hides_no_evidence():
+    """Rank 1 is the best for its price, and clearly behind by its loss: there is nothing to wait for."""
+    priced = Objective(penalty=lambda rank, gain: 0.05 * math.log2(rank), rule="argmin")
+    looks = run(shrink(priced), [bench(lambda rank: 2.0 - 0.01 * math.log2(rank), noise=0.001)])
+    assert [look.step for look in looks] == [10, 15, 20]
+    assert looks[-1].verdict.pick == 1
+
+
+def test_where_there_is_one_rank_nothing_is_waited_for():
+    only = Shrink(total_steps=100, wide=2, largest=1, refine=True, objective=ONE_SE)
+    assert [look.step for look in run(only, [bench(plateau, noise=0.05)])] == [10, 15, 20]
 
 
 def test_a_penalty_is_no_evidence():

@@ -69,8 +69,8 @@ class RunConfig(BaseModel):
     layer_ranks: Literal["uniform", "pooled"] = "uniform"
     """pooled: shrink also tries ranks of their own for the layers, of as many parameters; kept if clearly better."""
     search_fraction: Fraction = 0.15
-    """grid decides after this share of training; shrink when its pick is stable, at 0.30 at the latest; it and race
-    at 0.60 where no rank can be told from another before."""
+    """grid decides after this share of training; shrink when its pick is stable, at 0.30 at the latest, race at
+    0.20. Where the smallest rank is not clearly behind by then, they wait: shrink until 0.60, race until 0.70."""
 
     # --- LoRA
     target_modules: (

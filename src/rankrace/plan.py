@@ -277,7 +277,7 @@ class LookPlan:
         chosen = next((i for i, looked in enumerate(affordable) if looked >= LOOK_ENOUGH), len(plans) - 1)
         return LookPlan(
             fractions=plans[chosen],
-            most=len(plans[chosen]) + later,
+            most=len(plans[chosen]) + later + opens(config),
             looked=max(affordable[chosen], LOOK_ENOUGH),
             fresh=max(int(FRESH_SHARE * training / 2), LOOK_ENOUGH),
         )

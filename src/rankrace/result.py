@@ -101,8 +101,8 @@ class Decision(_Record):
     confident: bool
     """Whether the paired standard errors bear the choice out."""
     lr_scale: float = 1.0
-    """The learning rate that was chosen (--lr-scales), times the rank's own. A smaller rank than the one it was tried
-    at takes less of a raised rate over."""
+    """The multiple of the rank's own learning rate that was chosen (--lr-scales). Of one above 1, ranks smaller than
+    that it was tried at use only a part."""
     lr_edge: Literal["low", "high"] | None = None
     """Whether that is the smallest or the largest of those tried."""
     chance: Measured = None

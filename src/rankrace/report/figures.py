@@ -47,7 +47,7 @@ def loss_against_rank(result: Result, form: Format) -> str:
 
 def named(series: Series) -> str:
     """What tells it from other candidates of its rank, too."""
-    scale = f" at {series.lr_scale:g} × lr" if series.lr_scale != 1 else ""
+    scale = f" at {series.lr_scale:.3g} × lr" if series.lr_scale != 1 else ""
     return f"rank {series.rank}{scale}" + (", twin" if series.twin else "")
 
 

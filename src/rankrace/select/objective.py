@@ -86,6 +86,12 @@ class Verdict:
     """Independent groups of held-out examples, from which the standard errors are estimated."""
     by_heart: bool = False
     """No rank improves on the base model, and the training rows were seen more than once."""
+    rank_counts: bool = False
+    """Whether rank has bought anything by now: the smallest is clearly behind the lowest. (Or all learn by heart.)
+
+    By loss alone, for a penalty is no evidence; never by an error that is unknown. That large ranks are behind early
+    is no evidence either: at a high learning rate much of their update is noise, which goes as the rate falls.
+    """
 
     def at(self, rank: int) -> Point:
         return next(p for p in self.points if p.rank == rank)
@@ -106,16 +112,6 @@ class Verdict:
         if self.pick == self.alive[0].rank:
             return "low"
         return "high" if self.pick == largest or (self.best == largest and 2 * self.pick > largest) else None
-
-    @property
-    def rank_counts(self) -> bool:
-        """Whether rank has bought anything by now: the smallest is clearly behind the best. (Or all learn by heart.)
-
-        By loss alone, for a penalty is no evidence; never by an error that is unknown. That large ranks are behind
-        early is no evidence either: at a high learning rate much of their update is noise, which goes as it falls.
-        """
-        best, smallest = self.at(self.best), self.alive[0]
-        return self.by_heart or abs(smallest.loss - best.loss) > CLEARLY * smallest.se
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +174,10 @@ class Objective:
         elif self.rule == "one_se":
             slack = np.maximum(np.nan_to_num(ses), max(tie, self.share * bought))
             pick = next(i for i, o in enumerate(objectives) if o <= objectives[best] + slack[i])
+        smallest, lowest_loss = losses.index(finite[0]), losses.index(min(finite))
+        behind, se = paired_difference(
+            trials[smallest].loss_N, trials[lowest_loss].loss_N, held.tokens_N, held.cluster_N
+        )
         points = tuple(
             Point(rank=t.rank, loss=loss, se=se, penalty=p, objective=o, source=t.source)
             for t, loss, se, p, o in zip(trials, losses, ses, penalties, objectives, strict=True)
@@ -190,4 +190,5 @@ class Objective:
             bought=bought,
             clusters=len(np.unique(held.cluster_N)),
             by_heart=by_heart,
+            rank_counts=bool(by_heart or behind > CLEARLY * se),
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Edge, Objective, Trial, Verdict
-from rankrace.select.strategy import Action, Bench, Cut, Keep, Look, Start, Train, holder, later_step, refined
+from rankrace.select.strategy import WAITED, Action, Bench, Cut, Keep, Look, Start, Train, holder, later_step, refined
 
 PROBE = 0.10
 """The wide candidate's part of the training."""
@@ -25,7 +25,7 @@ class Race:
     """Args:
     wide: the rank that starts.
     ranks: what may be picked, by rising rank, below `wide`; with `refine` the integers between too.
-    probe_share: the training, after which the wide candidate is cut.
+    probe_share: of the training; after it the wide candidate is first probed.
     """
 
     total_steps: int
@@ -61,16 +61,16 @@ class Race:
 
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
         if start_of(looks) is None:
-            return self.probe(step, bench)
+            return self.probe(step, bench, waited=bool(looks))
         return self.heat(step, looks, bench)
 
-    def probe(self, step: int, bench: Bench) -> Look:
+    def probe(self, step: int, bench: Bench, waited: bool) -> Look:
         """Which ranks race. A cut is the worst case of a rank: where it is good enough, no larger one is needed."""
         trials = bench.truncated(0, sorted({1, *self.ranks}))
         # Rank 1 tells what rank buys, whether or not it may be picked.
         whole = self.objective.judge(trials, bench.held)
         verdict = self.objective.judge([t for t in trials if t.rank in self.ranks], bench.held, whole.bought)
-        if not whole.rank_counts and step < later_step(self.total_steps):
+        if not whole.rank_counts and len(self.ranks) > 1 and step < later_step(self.total_steps):
             return Look(step=step, verdict=verdict, action=Train())
         enough, last = verdict.pick, not self.heat_steps(step)
         racers = tuple(r for r in self.ranks if r <= enough)[-MOST:]
@@ -84,7 +84,7 @@ class Race:
                 action=Cut(index=0, ranks=(enough,)),
                 final=True,
                 edge=edge_of(verdict, self.ranks),
-                reason=f"{words}; no rank was trained beside it",
+                reason=f"{words}; no rank was trained beside it" + (f"; {WAITED}" if waited else ""),
             )
         return Look(step=step, verdict=verdict, action=Cut(index=0, ranks=racers))
 
@@ -117,6 +117,8 @@ class Race:
             return Look(step=step, verdict=verdict, action=action)
         raced = ", ".join(map(str, bench.ranks))
         reason = f"ranks {raced} had been cut from {self.wide} and trained on side by side"
+        if began > 0:
+            reason += f" ({WAITED})"
         if self.refine:
             verdict = refined(verdict, trials, bench, judge)
         source = holder(bench.ranks, verdict.pick)

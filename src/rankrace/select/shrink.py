@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rankrace.select.objective import Objective, Trial, Verdict
 from rankrace.select.statistics import paired_difference
-from rankrace.select.strategy import Bench, Cut, Look, Start, Train, later_step, refined
+from rankrace.select.strategy import WAITED, Bench, Cut, Look, Start, Train, later_step, refined
 
 BETTER = 2.0
 """Standard errors by which ranks of their own for the layers must beat the same rank for all."""
@@ -66,7 +66,7 @@ class Shrink:
         agreed, last = stable(picks), len(picks) >= len(self.look_steps)
         picks = picks[-STABLE_LOOKS:]
         waited = step >= later_step(self.total_steps)
-        if not (waited or ((agreed or last) and verdict.rank_counts)):
+        if not (waited or ((agreed or last) and (verdict.rank_counts or len(measured) == 1))):
             return Look(step=step, verdict=verdict, action=Train())
         if self.refine:
             verdict = refined(verdict, trials, bench, judge)
@@ -75,10 +75,8 @@ class Shrink:
         reason += f" picked {seen} among {', '.join(map(str, measured))}"
         if self.refine:
             reason += f", and then, of the integers beside, {verdict.pick}"
-        if waited and len(looks) > 0:
-            reason += (
-                "; no rank could be told from the smallest before, so the wide candidate had trained on until now"
-            )
+        if waited and looks:
+            reason += f"; {WAITED}"
         allocation = None
         if self.layers:
             allocation, words = layered(bench, verdict.pick)

@@ -16,6 +16,8 @@ LATER = 0.60
 Such a curve says one of two things: the smallest rank is enough, or what larger ones are for has not been learnt yet.
 Only the training can tell (docs/selection.md), and to go on at full width costs nothing but the look: a step takes as
 long at any rank."""
+WAITED = "when it was time to choose, the smallest rank was not clearly behind; so the wide candidate trained on"
+"""In a reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
