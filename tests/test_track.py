@@ -128,8 +128,8 @@ def assert_told(notes: Notes, out: Path) -> None:
         assert [value for _, value in told] == pytest.approx(list(series.losses), rel=1e-5)
     for look in result.looks:
         for rank, loss in zip(look.ranks, look.losses, strict=True):
-            assert (look.step, pytest.approx(loss, rel=1e-5)) in notes.named(f"validation/rank {rank}")
-    assert notes.named("rank")[-1] == (result.decision.step, result.rank)
+            assert notes.named(f"validation/rank {rank}") == [(look.step, pytest.approx(loss, rel=1e-5))]
+    assert notes.named("rank") == [(result.decision.step, result.rank)]
     assert notes.named("final/loss") == [(8, result.loss.final)]
     steps = [step for step, *_ in notes.values]
     assert steps == sorted(steps), "wandb refuses steps that go back"

@@ -52,9 +52,8 @@ class Entry:
     @property
     def name(self) -> str:
         """What tells it from the others: its rank, and why there is more than one of it."""
-        return (
-            f"{self.rank}" + (f"×{self.lr_scale:.3g}" if self.lr_scale != 1 else "") + (" twin" if self.twin else "")
-        )
+        scale = f"×{self.lr_scale:.3g}" if self.lr_scale != 1 else ""
+        return f"{self.rank}{scale}" + (" twin" if self.twin else "")
 
 
 @dataclass(kw_only=True)

@@ -51,9 +51,13 @@ class Shrink:
     def next_look(self, looks: Sequence[Look]) -> int | None:
         if looks and looks[-1].final:
             return None
-        planned = self.look_steps
-        settled = bool(looks) and (stable([look.verdict.pick for look in looks]) or len(looks) == len(planned))
-        return later_step(self.total_steps) if settled else planned[len(looks)]
+        if self.settled([look.verdict.pick for look in looks]):
+            return later_step(self.total_steps)
+        return self.look_steps[len(looks)]
+
+    def settled(self, picks: Sequence[int]) -> bool:
+        """Whether it is time to choose: the last looks agree, or the plan is over."""
+        return stable(picks) or len(picks) >= len(self.look_steps)
 
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
         def judge(trials: Sequence[Trial]) -> Verdict:
@@ -63,15 +67,14 @@ class Shrink:
         trials = bench.truncated(0, measured)
         verdict = judge(trials)
         picks = [*(look.verdict.pick for look in looks), verdict.pick]
-        agreed, last = stable(picks), len(picks) >= len(self.look_steps)
-        picks = picks[-STABLE_LOOKS:]
         waited = step >= later_step(self.total_steps)
-        if not (waited or ((agreed or last) and (verdict.rank_counts or len(measured) == 1))):
+        if not (waited or (self.settled(picks) and (verdict.rank_counts or len(measured) == 1))):
             return Look(step=step, verdict=verdict, action=Train())
         if self.refine:
             verdict = refined(verdict, trials, bench, judge)
-        seen = ", ".join(map(str, picks))
-        reason = f"the last {len(picks)} looks" if len(picks) > 1 else "the only look"
+        recent = picks[-STABLE_LOOKS:]
+        seen = ", ".join(map(str, recent))
+        reason = f"the last {len(recent)} looks" if len(recent) > 1 else "the only look"
         reason += f" picked {seen} among {', '.join(map(str, measured))}"
         if self.refine:
             reason += f", and then, of the integers beside, {verdict.pick}"
@@ -88,7 +91,7 @@ class Shrink:
             final=True,
             edge=verdict.edge,
             # A plan too short to ask for a stable pick was not cut short, nor one that waited.
-            capped=last and not agreed and not waited and len(self.look_steps) >= STABLE_LOOKS,
+            capped=not stable(picks) and not waited and len(self.look_steps) >= STABLE_LOOKS,
             reason=reason,
         )
 
