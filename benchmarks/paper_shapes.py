@@ -6,7 +6,7 @@ The paper's setting: batch 32, 3 epochs of SQuAD 2.0 (130,319 questions), so 12,
 lengths are measured and the rest is EXTRAPOLATED from their median; time and memory do not depend on the weights'
 values. What does not fit is measured with a quarter and an eighth of the blocks and extrapolated over blocks, too;
 the line says so. All methods run eagerly, in the one loop. Of the strategies the parts are measured and put together
-as they run: shrink has 30% of its steps at twice the largest rank (it may decide earlier) and five looks, grid 15%
+as they run: shrink has 60% of its steps at twice the largest rank (it may decide earlier) and five looks, grid 15%
 with all candidates side by side and one look. Baselines do not look at validation data. race is not among them.
 
 The file is written after each method, and the same command again measures only what is not in it.
