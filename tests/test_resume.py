@@ -35,6 +35,7 @@ from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.interrupt import Interrupts
 from rankrace.run import continued
+from rankrace.select.strategy import later_step
 from rankrace.training.checkpoint import load_checkpoint, save_checkpoint, written_whole
 from rankrace.training.loop import Trainer
 from tinyfolder import tiny_llama
@@ -47,6 +48,8 @@ STRATEGIES = {
     "grid": ["--strategy", "grid", "--search-fraction", "0.3", "--no-refine", "--config", "diverging.yaml"],
     # Four openers, then three racers; averages go through checkpoints too.
     "race": ["--strategy", "race", "--lr-scales", "0.5,1,2", "--twin"],
+    # One example to look at: no rank can be told from another.
+    "waits": ["--strategy", "shrink", "--validation-fraction", "0.015"],
 }
 LIMIT_S = 180
 
@@ -136,8 +139,8 @@ class Runs:
     def arguments(self, strategy: str, out: Path) -> list[str]:
         own = [str(self.folder / a) if a.endswith(".yaml") else a for a in STRATEGIES[strategy]]
         return [
-            "train", "--model", str(self.model), "--data", str(self.data), "--out", str(out), *own,
-            "--ranks", "2,4,12", "--rule", "argmin", "--kappa", "0", "--validation-fraction", "0.4",
+            "train", "--model", str(self.model), "--data", str(self.data), "--out", str(out),
+            "--ranks", "2,4,12", "--rule", "argmin", "--kappa", "0", "--validation-fraction", "0.4", *own,
             "--epochs", "9", "--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY),
             "--batch-size", "6", "--micro-tokens", "24", "--lr", "1e-2", "--dropout", "0.1", "--weight-decay", "0.1",
         ]  # fmt: skip
@@ -289,6 +292,28 @@ def test_killed_in_every_part_of_a_race(runs: Runs, undisturbed: Callable[[str],
     assert openers == (16, 16, 16, 16)
     assert len(racers) > 1 == len(winner)
     assert set(racers) <= {2, 4, 12}
+
+
+def test_killed_while_it_waits(runs: Runs, undisturbed: Callable[[str], Path], tmp_path: Path) -> None:
+    """After a look that could tell no rank from another, and before the one at 60% that decides."""
+    expected, out = undisturbed("waits"), tmp_path / "out"
+    early, late = (look["step"] for look in result_of(expected)["looks"])
+    assert late == result_of(expected)["decision"]["step"] == later_step(STEPS)
+    arguments = [*runs.arguments("waits", out), "--resume"]
+    process = runs.begin(arguments, out)
+    while process.is_alive() and not any(early < step < late for step in steps_saved(out)):
+        time.sleep(0.005)
+    process.kill()
+    assert runs.end(process).code == -signal.SIGKILL
+    found = load_checkpoint(out / "checkpoints")
+    assert found is not None
+    state = found[1]["session"]
+    assert early < steps_saved(out)[-1] < late
+    assert len(state["search"]["looks"]) == 1
+    assert state["ranks"] == [16], "still wide"
+    ended = runs(arguments, out)
+    assert ended.code == 0, ended.said
+    same(out, expected)
 
 
 def test_a_kill_at_every_operation_of_a_save_leaves_a_whole_checkpoint(runs: Runs, tmp_path: Path) -> None:
