@@ -17,9 +17,10 @@ from rankrace.config import RunConfig
 from rankrace.errors import RankraceError
 from rankrace.plan import ranks_looked_at
 from rankrace.select.objective import Objective, linear_penalty, log2_penalty
-from rankrace.select.race import MOST, WORSE, Race
+from rankrace.select.race import MOST, Race
 from rankrace.select.reason import is_confident, reason
 from rankrace.select.search import SearchState
+from rankrace.select.statistics import CLEARLY
 from rankrace.select.strategy import WAITED, Cut, Keep, Look, Start, Strategy, Train
 
 WIDE = 64
@@ -259,7 +260,7 @@ def test_who_is_within_two_paired_errors_stays_and_never_more_than_four_race(obj
             assert {best.rank, look.verdict.pick} <= set(ranks)
             for dropped in set(before) - set(ranks):
                 p = look.verdict.at(dropped)
-                assert dropped > best.rank or p.objective - best.objective > WORSE * p.se
+                assert dropped > best.rank or p.objective - best.objective > CLEARLY * p.se
 
 
 def test_nobody_is_dropped_for_an_error_that_is_unknown():

@@ -11,12 +11,10 @@ from typing import Literal
 import numpy as np
 
 from rankrace.errors import RankraceError
-from rankrace.select.statistics import paired_difference
+from rankrace.select.statistics import CLEARLY, paired_difference
 
 Source = Literal["direct", "truncated"]
 Edge = Literal["low", "high"] | None
-CLEARLY = 2.0
-"""Paired standard errors."""
 Penalty = Callable[[int, float], float]
 """(rank, gain G in nats) → nats."""
 

@@ -14,14 +14,11 @@ import numpy as np
 
 from rankrace.errors import RankraceError
 from rankrace.select.objective import Objective, Trial
-from rankrace.select.statistics import paired_difference
+from rankrace.select.statistics import CLEARLY, paired_difference
 from rankrace.select.strategy import Bench, Keep, Look, Rated, Start, Strategy
 
 SHARE = 0.15
 """Of the training. What averages say at a tenth often does not hold at the end (docs/selection.md)."""
-CLEARLY = 2.0
-"""Standard errors by which another rate must be better than the one given. The wide candidate that rates are tried on
-stands high rates better than the small rank that may be cut from it: in doubt the rate stays (docs/selection.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +64,11 @@ class Opening:
         return replace(self.inner.look(step, looks[1:], bench), lr_scale=opened.lr_scale, chance=opened.chance)
 
     def choose(self, step: int, bench: Bench) -> Look:
-        """The rate of lowest loss, if it is clearly better than the one given; else that."""
+        """The rate of lowest loss, if it is clearly better than the one given; else that.
+
+        The wide candidate that rates are tried on stands high rates better than the small rank that may be cut from
+        it: in doubt the rate stays (docs/selection.md).
+        """
         held = bench.held
         trials = bench.averaged()
         rated = trials[: len(self.scales)]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Edge, Objective, Trial, Verdict
+from rankrace.select.statistics import CLEARLY
 from rankrace.select.strategy import WAITED, Action, Bench, Cut, Keep, Look, Start, Train, holder, later_step, refined
 
 PROBE = 0.10
@@ -16,8 +17,6 @@ HEATS = (0.02, 0.05, 0.10)
 """When the ranks are compared, after the probe; at the last one the choice is made."""
 MOST = 4
 """Ranks in the race."""
-WORSE = 2.0
-"""Paired standard errors by which a rank must be behind to be dropped before the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,7 @@ class Race:
             if (p := verdict.at(r)).alive
             and r <= best.rank
             # Not by an error that is unknown.
-            and not p.objective - best.objective > max(WORSE * p.se, pick.objective - best.objective)
+            and not p.objective - best.objective > max(CLEARLY * p.se, pick.objective - best.objective)
         )
         if not last and len(staying) > 1:
             # Keeping all would be a copy for nothing, and new CUDA graphs.

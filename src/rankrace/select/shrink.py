@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Objective, Trial, Verdict
-from rankrace.select.statistics import paired_difference
+from rankrace.select.statistics import CLEARLY, paired_difference
 from rankrace.select.strategy import WAITED, Bench, Cut, Look, Start, Train, later_step, refined
 
-BETTER = 2.0
-"""Standard errors by which ranks of their own for the layers must beat the same rank for all."""
 STABLE_LOOKS = 3
 STABLE_RATIO = 1.33
 PLANS = ((0.10, 0.15, 0.20, 0.25, 0.30), (0.10, 0.20, 0.30), (0.20,))
@@ -114,6 +112,6 @@ def layered(bench: Bench, rank: int) -> tuple[dict[str, int] | None, str]:
     held = bench.held
     gain, se = paired_difference(uniform.loss_N, pooled.loss_N, held.tokens_N, held.cluster_N)
     spread = f"from {min(allocation.values())} to {max(allocation.values())} by layer"
-    if any(allocation.values()) and gain > BETTER * se:
+    if any(allocation.values()) and gain > CLEARLY * se:
         return allocation, f"; ranks {spread} are better by {gain:.4f} ± {se:.4f} nats and were taken"
     return None, f"; ranks {spread} are no better ({gain:.4f} ± {se:.4f} nats)"

@@ -5,6 +5,9 @@ Shapes: K candidates, N examples, C clusters (documents).
 
 import numpy as np
 
+CLEARLY = 2.0
+"""Paired standard errors by which one must be ahead of another to be called better."""
+
 
 def paired_difference(
     a_N: np.ndarray, b_N: np.ndarray, tokens_N: np.ndarray, cluster_N: np.ndarray
