@@ -11,6 +11,7 @@ from benchmarks.shapes import allocated_bytes, empty, made_up_data, peak_bytes, 
 from benchmarks.speed_bench import ALPHA, BATCH, FINAL, LR, Bench, Found
 from rankrace.bank import Bank, quantize
 from rankrace.config import RunConfig
+from rankrace.data import Data
 from rankrace.data.encoded import Encoded
 from rankrace.plan import REFINEMENTS, LookPlan, resolved
 from rankrace.select.build import make_strategy, penalty_of
@@ -27,11 +28,29 @@ LOOK_TOKENS = 16384
 """Of the examples by which a look is timed."""
 
 
-class Ours:
-    """One model for all lengths, so that it is compiled once."""
+def training_of(bench: Bench, lengths: str, rows: int | None = None, epochs: int = EPOCHS) -> tuple[RunConfig, Data]:
+    """A run as a user would set it up, on so many rows of these lengths; by default as many as there are."""
+    given = bench.given
+    config = RunConfig(
+        model=given.shape, data=lengths, epochs=epochs, batch_size=BATCH, lr=LR, alpha=ALPHA,
+        micro_tokens=given.micro_tokens or None, compile=given.compile, cuda_graphs=given.graphs,
+        quantize=given.quantize,
+    )  # fmt: skip
+    train = ROWS[lengths] if rows is None else rows
+    read = read_lengths(lengths)
+    return config, made_up_data(read, bench.vocabulary, train=train, validation=config.validation_max)
 
-    def __init__(self, bench: Bench) -> None:
+
+class Ours:
+    """One model for all lengths, so that it is compiled once.
+
+    Args:
+        rows, epochs: of the training that is put together.
+    """
+
+    def __init__(self, bench: Bench, rows: int | None = None, epochs: int = EPOCHS) -> None:
         self.bench = bench
+        self.rows, self.epochs = rows, epochs
         model = bench.model()
         quantize(model, bench.given.quantize, bench.device)  # layer by layer, each in place of the one it is made of
         empty(bench.device)
@@ -45,14 +64,7 @@ class Ours:
     def measure(self, lengths: str) -> Found:
         bench, given = self.bench, self.bench.given
         reset_peak(bench.device)
-        config = RunConfig(
-            model=given.shape, data=lengths, epochs=EPOCHS, batch_size=BATCH, lr=LR, alpha=ALPHA,
-            micro_tokens=given.micro_tokens or None, compile=given.compile, cuda_graphs=given.graphs,
-            quantize=given.quantize,
-        )  # fmt: skip
-        data = made_up_data(
-            read_lengths(lengths), bench.vocabulary, train=ROWS[lengths], validation=config.validation_max
-        )
+        config, data = training_of(bench, lengths, self.rows, self.epochs)
         held = data.validation.examples
         config = resolved(config, data, self.model, "causal")
         self.compile(config.compile == "on")
