@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import io
 import json
 import math
 import multiprocessing
@@ -28,7 +29,7 @@ from rankrace.bench import local, render
 from rankrace.bench.experiment import Job, config_of, read_experiment
 from rankrace.bench.job import Stopped, perform
 from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, sight_of
-from rankrace.bench.paired import difference
+from rankrace.bench.paired import Difference, difference, t_975
 from rankrace.bench.ray import run_ray
 from rankrace.bench.record import Record, provenance
 from rankrace.bench.store import Store, due
@@ -698,7 +699,8 @@ def made(
         "parameters": 10, "rank": None, "peak_bytes": 2**30,
         "time": {"train_s": 2.0, "search_s": 0.5}, "baselines": {"empty": {"accuracy": 0.0}}, "slots": 1,
         "hardware": {"device": "cpu"}, "versions": {"torch": "2"}, "commit": "c", "dirty": False,
-        "settings": {"model": "m", "test_max": None}, "notes": [], **more,
+        "settings": {"model": "m", "test_max": None}, "notes": [],
+        "data": {"train_examples": 50, "how": "by hand", "test_sha256": "t"}, **more,
     }  # fmt: skip
 
 
@@ -748,6 +750,17 @@ def test_intervals_best_and_paired_ties() -> None:
     assert (cells["shrink"].behind.mean, cells["shrink"].tie) == (pytest.approx(20.0), False)
 
 
+def test_few_documents_need_a_larger_difference() -> None:
+    """d = 50 ± 16.7 by 7 documents: 3.0 errors. With 3 documents of the same: t is 4.30, and it is a tie."""
+    for documents, tie in ((7, False), (3, True)):
+        found = Difference(mean=50.0, se=16.7, documents=documents)
+        assert found.tie is tie
+    assert t_975(1) == 12.706
+    assert t_975(10) == 2.228
+    assert t_975(20) == pytest.approx(2.086, abs=0.01)
+    assert t_975(1000) == pytest.approx(1.962, abs=0.001)
+
+
 def test_a_difference_counts_seeds_and_documents() -> None:
     """By hand. Rows all alike, seeds 2, 4 and 9 points apart: se = s/√n of these, 3.606/√3. Four rows in two
     documents, right and wrong as documents: d = 50, residuals ±1 of 2 clusters: √(2/1·(1 + 1))/4 = 0.5. No common
@@ -781,6 +794,11 @@ def test_the_papers_claims_are_held_against_the_runs() -> None:
     ]
     runs[-1] = made("shrink", 0, [0.0] * 20 + RIGHT[20:])
     assert "lora-r16 on 0 of 1 tasks (behind: rte -20.0 ± 4.0)" in table_of(runs).claims[0]
+    # Rows of CoLA are compared by right or wrong, the table has Matthews' correlation.
+    some = {"task": "cola", "baselines": {}}
+    mine = made("shrink", 0, [0.0] * 20 + RIGHT[20:], **some, metrics={"matthews": 10.0})
+    both = [made("lora-r16", 0, RIGHT, key="r16cola", **some, metrics={"matthews": 50.0}), mine]
+    assert "(behind: cola -20.0 ± 4.0 right rows, -40.0 matthews)" in table_of(both).claims[0]
     # No seed in common on CoLA.
     cola = {"task": "cola", "metrics": {"matthews": 50.0}, "baselines": {}}
     runs += [made("lora-r16", 0, RIGHT, key="r16cola", **cola), made("shrink", 1, [*RIGHT[1:], 0.0], **cola)]
@@ -814,6 +832,29 @@ def test_times_are_of_tasks_on_which_every_method_ran_alone() -> None:
     assert {row.method: row.train_s for row in table.rows} == {"full": 10.0, "lora-r8": 5.0, "shrink": 4.0}
     assert "time 0.80 of lora-r8 (as claimed); time 0.40 of full (as claimed)" in table.claims[0]
     assert any("Times are sums over rte, parameters means over mrpc, rte." in note for note in table.notes)
+
+
+def test_times_are_of_methods_that_ran_alone_on_every_task() -> None:
+    """Two of three did; the third's would look slower or faster than it is, and is left out, of the figure too."""
+    runs = [made(m, 0, RIGHT, **took(t, slots))
+            for m, t, slots in (("full", 10.0, 1), ("lora-r8", 5.0, 1), ("shrink", 90.0, 4))]  # fmt: skip
+    table = table_of(runs)
+    assert {row.method: row.train_s for row in table.rows} == {"full": 10.0, "lora-r8": 5.0, "shrink": None}
+    assert {name for _, _, name in render.points_of(table, "time")} == {"full", "lora-r8"}
+    assert {name for _, _, name in render.points_of(table, "parameters")} == {"full", "lora-r8", "shrink"}
+    line = next(line for line in render.markdown(table).splitlines() if line.startswith("| shrink"))
+    assert line.endswith("| 10 | – | – | – | – | 1.00 GiB |")
+    assert any("missing for methods that had not" in note for note in table.notes)
+
+
+def test_costs_in_the_csv_are_the_tasks_own() -> None:
+    mrpc = {"task": "mrpc", "metrics": {"f1": 50.0, "accuracy": 50.0}, "baselines": {}}
+    runs = [made("full", 0, RIGHT, **took(10.0, 2)), made("full", 1, RIGHT, **took(20.0, 3)),
+            made("full", 0, RIGHT, key="other", parameters=99, **mrpc, **took(2.0, 1))]  # fmt: skip
+    found = {line["task"]: line for line in csv.DictReader(io.StringIO(render.as_csv(table_of(runs))))}
+    assert [(float(found[t][c])) for t in ("rte", "mrpc") for c in ("parameters", "train_s", "slots")] == [
+        10, 15.0, 3, 99, 2.0, 1,
+    ]  # fmt: skip
 
 
 def test_times_from_a_pass_of_their_own() -> None:
@@ -852,6 +893,9 @@ def test_the_notes_say_what_costs_mean() -> None:
     assert "GLUE: the mean over rte." in notes
     assert "after running out of memory beside others: full 1." in notes
     assert "Peak memory: the largest of a method's runs." in notes
+    assert "Trained on: rte 50 rows (by hand)." in notes
+    of_two = table_of([made("full", 0, RIGHT, documents=[0, 1] * 50), made("lora-r8", 0, RIGHT)])
+    assert any(note.startswith("Test rows: rte 100 in 2 documents.") for note in of_two.notes)
 
 
 def test_a_run_at_a_rate_that_is_no_more_the_best_does_not_count() -> None:
@@ -877,6 +921,9 @@ def test_costs_are_of_tasks_that_all_methods_have_run_on() -> None:
 def test_runs_on_different_test_rows_make_no_table() -> None:
     with pytest.raises(RankraceError, match="different test rows"):
         table_of([made("full", 0, RIGHT), made("lora-r8", 0, RIGHT[1:])])
+    elsewhere = {"data": {"train_examples": 50, "how": "by hand", "test_sha256": "u"}}
+    with pytest.raises(RankraceError, match="different test rows"):
+        table_of([made("full", 0, RIGHT), made("lora-r8", 0, RIGHT, **elsewhere)])
 
 
 def test_the_interval_is_students() -> None:

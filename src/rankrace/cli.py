@@ -366,14 +366,15 @@ def evaluate(
     if evaluator == "lm-eval":
         from rankrace.evaluate.lm_eval import evaluate_with_lm_eval
 
-        if base:
+        ours = {"base": base, "part": part != "test", "generated": generated, "seed": seed != 0}
+        for option in (name for name, given in ours.items() if given):
             raise RankraceError(
-                "--base has no effect with --evaluator lm-eval",
-                why="a difference is paired row by row, and lm-eval gives no more than its means",
+                f"--{option} has no effect with --evaluator lm-eval",
+                why="the harness's task says which rows are measured and how, and gives no more than means",
                 fix="leave it out, or use --evaluator rankrace",
             )
         for name, value in evaluate_with_lm_eval(adapter, task, model=model, limit=limit, device=device).items():
-            say(name, f"{value:.2f}")
+            say(name, f"{value:.4f}")
         return
     found = run(
         adapter, task, model=model, part=part, limit=limit, generated=generated, with_base=base, device=device,
@@ -434,7 +435,7 @@ def listed(given: str | None) -> list[str] | None:
 @bench.command(name="table")
 def bench_table(
     folder: Annotated[Path, typer.Argument(help="The results folder of `bench run`.")],
-    times: Annotated[Path | None, typer.Option(help="Times and memory from the same runs in this folder.")] = None,
+    times: Annotated[Path | None, typer.Option(help="Times from the same runs here, done again alone.")] = None,
 ) -> None:
     """Write table.md, .tex, .csv, .html, two figures and index.sqlite beside the records; print the first."""
     quieten()

@@ -184,7 +184,9 @@ def config_of(experiment: Experiment, job: Job, out: Path, device: str) -> RunCo
 def settings_of(experiment: Experiment, job: Job) -> dict[str, Any]:
     """What two runs must share to be the same one, as plain values: all that is no default.
 
-    Of the model only the name: its folder is another on every machine.
+    Of the model only the name: its folder is another on every machine. So is the engine, which is here as it would be
+    without a GPU; a record's `config` says how it was. Another default of another version is not seen here:
+    a record's `versions` and `commit` tell.
     """
     config = config_of(experiment, job, Path(), "auto")
     given = config.model_dump(mode="json", exclude={"out", "device", "resume", "model"}, exclude_defaults=True)

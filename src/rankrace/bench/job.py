@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankrace.bench.experiment import Experiment, Job, config_of, training_of
 from rankrace.bench.record import Record, begun, failed, hardware, write_record
-from rankrace.bench.rows import commonest, read, test_rows
+from rankrace.bench.rows import commonest, read, sha256, test_rows
 from rankrace.data.hub import reach_hub
 from rankrace.errors import RankraceError
 from rankrace.evaluate.predict import predict
@@ -150,6 +150,7 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
     if task.kind == "options" and kind == "causal":
         written = predict(running.trainer, given.encoder, given.tokenizer, task, rows, generated=True)
         result["metrics"] |= {f"generated_{n}": value for n, value in task.score(written, rows).items()}
+    result["data"]["test_sha256"] = sha256(rows)
     scores = next(iter(task.row_scores(predictions, rows).values()))
     result["rows"], result["documents"] = [round(score / 100, 4) for score in scores], documents(rows)
     result["samples"] = predictions[:5]

@@ -12,7 +12,13 @@ import numpy as np
 from rankrace.bench.record import Record
 from rankrace.select.statistics import paired_difference
 
-Z_975 = 1.96
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5% points of Student's t with 1 to 10 degrees of freedom."""
+
+
+def t_975(freedom: int) -> float:
+    """With more of them by its limit and the first term towards it, right to 0.01."""
+    return T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.5 / freedom
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +28,13 @@ class Difference:
     mean: float
     se: float
     """NaN where nothing is known of it: no seed in common, or one document."""
+    documents: int
+    """From which it is estimated; rows, where they are of no document."""
 
     @property
     def tie(self) -> bool:
         """Not to be told from nothing, with 95% confidence; nor is it where nothing is known of it."""
-        return not abs(self.mean) > Z_975 * self.se
+        return not (self.known and abs(self.mean) > t_975(self.documents - 1) * self.se)
 
     @property
     def known(self) -> bool:
@@ -44,10 +52,10 @@ def difference(some: Sequence[Record], others: Sequence[Record]) -> Difference:
     common = sorted(mine.keys() & theirs.keys())
     if not common:
         means = [float(np.mean([run["rows"] for run in runs])) for runs in (some, others)]
-        return Difference(mean=100 * (means[0] - means[1]), se=math.nan)
+        return Difference(mean=100 * (means[0] - means[1]), se=math.nan, documents=0)
     d_nN = np.array([mine[s]["rows"] for s in common]) - np.array([theirs[s]["rows"] for s in common])
     n, N = d_nN.shape
     documents = mine[common[0]]["documents"] or list(range(N))
     mean, se_rows = paired_difference(d_nN.mean(0), np.zeros(N), np.ones(N), np.array(documents))
     variance = se_rows**2 + (float(d_nN.mean(1).var(ddof=1)) / n if n > 1 else 0.0)
-    return Difference(mean=100 * mean, se=100 * math.sqrt(variance))
+    return Difference(mean=100 * mean, se=100 * math.sqrt(variance), documents=len(set(documents)))

@@ -67,7 +67,7 @@ def costs(row: Row, table: Table) -> list[str]:
     return [
         count(row.parameters),
         "–" if not row.ranks else f"{low}" if low == high else f"{low}–{high}",
-        duration(row.train_s),
+        "–" if row.train_s is None else duration(row.train_s),
         duration(row.search_s) if row.search_s else "–",
         duration(row.tuning_s) if row.tuning_s else "–",
         "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
@@ -118,14 +118,14 @@ def as_csv(table: Table) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
         ["method", "task", "metric", "mean", "half_width_95", "seeds", "behind_best", "behind_se", "best", "tie",
-         "parameters", "train_s", "search_s", "tuning_s", "peak_bytes"]
+         "parameters", "train_s", "search_s", "slots", "peak_bytes"]
     )  # fmt: skip
     for row in table.rows:
         for task, cell in row.cells.items():
             behind = (cell.behind.mean, cell.behind.se, cell.best, cell.tie)
             writer.writerow(
                 [row.method, task, TASKS[task].metrics[0], cell.mean, cell.half_width, len(cell.seeds), *behind,
-                 row.parameters, row.train_s, row.search_s, row.tuning_s, row.peak_bytes]
+                 cell.parameters, cell.train_s, cell.search_s, cell.slots, cell.peak_bytes]
             )  # fmt: skip
     return buffer.getvalue()
 
@@ -151,9 +151,11 @@ def html(table: Table, figures: list[str]) -> str:
 def points_of(table: Table, cost: str) -> list[tuple[float, float, str]]:
     """Of each trained method its cost, its mean score over the tasks that all methods have run on, and its name."""
     trained = [row for row in table.rows if row.parameters and row.cells]
+    if cost == "time":
+        trained = [row for row in trained if row.train_s is not None]
     return [
         (
-            row.parameters if cost == "parameters" else row.train_s,
+            row.parameters if cost == "parameters" else row.train_s or 0.0,
             sum(row.cells[task].mean for task in table.common) / len(table.common),
             row.method,
         )

@@ -1,5 +1,7 @@
 """What a run reads: the rows of its task, encoded for its model."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -62,6 +64,11 @@ def test_rows(splits: Splits, most: int | None) -> Rows:
     examples = [PromptCompletion(row["prompt"], row["completion"]) for row in splits.test]
     rows = {id(example): row for example, row in zip(examples, splits.test, strict=True)}
     return [rows[id(example)] for example in draw(examples, most, 0)]
+
+
+def sha256(rows: Rows) -> str:
+    """Of the rows and their order."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def commonest(rows: Rows) -> str:

@@ -7,20 +7,18 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from rankrace.bench.claims import AGAIN, alone, claims
-from rankrace.bench.paired import Difference, difference
+from rankrace.bench.paired import Difference, difference, t_975
 from rankrace.bench.record import Record
 from rankrace.bench.store import outdated
 from rankrace.errors import RankraceError
 from rankrace.methods import METHODS
 from rankrace.tasks import TASKS
 from rankrace.tasks.glue import GLUE, glue_score
-
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5% points of Student's t with 1 to 10 degrees of freedom."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,14 @@ class Cell:
     behind: Difference
     """The best method less this one."""
     best: bool
+    parameters: float
+    """Means over the seeds, as the costs that follow."""
+    train_s: float
+    """Of the runs that had a GPU to themselves, if there are such."""
+    search_s: float
+    slots: int
+    """The most runs at once that those timed shared their GPU with, themselves counted."""
+    peak_bytes: float | None
 
     @property
     def mean(self) -> float:
@@ -59,9 +65,9 @@ class Row:
     parameters: float
     """Mean over those tasks."""
     ranks: tuple[int, ...]
-    train_s: float
-    """With the search, without the tuning of the learning rate."""
-    search_s: float
+    train_s: float | None
+    """With the search, without the tuning of the learning rate; None where it would compare nothing."""
+    search_s: float | None
     tuning_s: float
     peak_bytes: float | None
     """The largest, of those tasks."""
@@ -77,7 +83,8 @@ class Table:
     common: tuple[str, ...]
     """The tasks on which every method in the table has run: only there costs can be compared."""
     timed: tuple[str, ...]
-    """Those of them on which each had its GPU to itself at least once; all of them where there is none such."""
+    """Those of them on which each had its GPU to itself at least once. Where there is none such: all of them, with
+    the times of the methods that had on each; or, where these are fewer than two, with times of runs in company."""
     rows: list[Row]
     baselines: dict[str, dict[str, float]]
     """Constant answers: name → task → the task's first metric."""
@@ -90,8 +97,7 @@ def t_half_width(values: Sequence[float]) -> float:
     n = len(values)
     if n < 2:
         return math.nan
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.5 / (n - 1)
-    return t * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return t_975(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
 def build(records: dict[str, Record], times: dict[str, Record] | None = None) -> Table:
@@ -121,14 +127,19 @@ def build(records: dict[str, Record], times: dict[str, Record] | None = None) ->
     undisturbed = {(r["method"], r["task"]) for r in alone(runs)}
     clean = tuple(task for task in common if all((m, task) in undisturbed for m in measured))
     timed = clean or common
-    rows = [row_of(method, tasks, common, timed, cells, records, bool(clean)) for method in methods]
+    apart = [m for m in measured if all((m, task) in undisturbed for task in timed)]
+    in_company = not clean and len([m for m in apart if m != "base"]) < 2
+    rows = [
+        row_of(method, tasks, common, timed, cells, records, None if in_company else method in apart)
+        for method in methods
+    ]
     baselines: dict[str, dict[str, float]] = {}
     for record in runs:
         for name, scores in record["baselines"].items():
             baselines.setdefault(name, {})[record["task"]] = scores[TASKS[record["task"]].metrics[0]]
     return Table(
         model=runs[0]["settings"]["model"], tasks=tasks, common=common, timed=timed, rows=rows, baselines=baselines,
-        claims=claims(runs), notes=notes_of(rows, runs, common, timed, bool(clean)),
+        claims=claims(runs), notes=notes_of(rows, runs, common, timed, in_company),
     )  # fmt: skip
 
 
@@ -152,7 +163,8 @@ def cells_of(task: str, runs: list[Record]) -> dict[str, Cell]:
     Raises:
         RankraceError: the runs have not the same test rows.
     """
-    if len({(len(r["rows"]), r["settings"]["test_max"]) for r in runs}) > 1:
+    hashes = {r["data"]["test_sha256"] for r in runs if "test_sha256" in r["data"]}  # older records have none
+    if len({(len(r["rows"]), r["settings"]["test_max"]) for r in runs}) > 1 or len(hashes) > 1:
         raise RankraceError(
             f"the runs on {task} have different test rows",
             why="a difference between scores on different rows compares nothing",
@@ -170,8 +182,21 @@ def cells_of(task: str, runs: list[Record]) -> dict[str, Cell]:
             seeds=tuple(r["seed"] for r in found),
             behind=difference(by_method[best], found),
             best=means[method] == means[best],
+            **costs_of(found),
         )
         for method, found in by_method.items()
+    }
+
+
+def costs_of(runs: list[Record]) -> dict[str, Any]:
+    """Of one method on one task, as `Cell` has them."""
+    timed, peaks = alone(runs) or runs, [r["peak_bytes"] for r in runs if r["peak_bytes"] is not None]
+    return {
+        "parameters": float(np.mean([r["parameters"] for r in runs])),
+        "train_s": float(np.mean([r["time"]["train_s"] for r in timed])),
+        "search_s": float(np.mean([r["time"]["search_s"] for r in timed])),
+        "slots": 1 if alone(runs) else max(r["slots"] for r in runs),
+        "peak_bytes": float(np.mean(peaks)) if peaks else None,
     }
 
 
@@ -182,10 +207,10 @@ def row_of(
     timed: Sequence[str],
     cells: dict[str, dict[str, Cell]],
     records: dict[str, Record],
-    clean: bool,
+    apart: bool | None,
 ) -> Row:
     """Args:
-    clean: times are of runs that had a GPU to themselves, and of no others.
+    apart: it was timed with a GPU to itself; None: no times are, and those in company are shown.
     """
     mine = {task: cells[task][method] for task in tasks if method in cells[task]}
     runs = [r for r in records.values() if r["method"] == method]
@@ -195,7 +220,7 @@ def row_of(
 
     def total(name: str) -> float:
         """Σ over tasks of the mean over seeds."""
-        found = [alone(on[task]) if clean else on[task] for task in timed]
+        found = [on[task] if apart is None else alone(on[task]) for task in timed]
         return sum(float(np.mean([r["time"][name] for r in some])) for some in found if some)
 
     glue = [task.name for task in GLUE if task.name in tasks]
@@ -212,8 +237,8 @@ def row_of(
         glue=glue_score(metrics) if glue and len(metrics) == len(glue) else None,
         parameters=float(np.mean(sizes)) if sizes else 0.0,
         ranks=tuple(r["rank"] for r in done if r["rank"] is not None),
-        train_s=total("train_s"),
-        search_s=total("search_s"),
+        train_s=None if apart is False else total("train_s"),
+        search_s=None if apart is False else total("search_s"),
         tuning_s=sum(r["time"]["train_s"] for r in tuning if r["task"] in timed),
         peak_bytes=max(peaks) if peaks else None,
         at_edge=tuple(task for task in mine if edge(task, done, tuning)),
@@ -237,8 +262,22 @@ def gaps_of(row: Row, tasks: Sequence[str], seeds: Sequence[int]) -> list[str]:
     return gaps
 
 
+def of_documents(runs: list[Record], task: str) -> str:
+    """Where rows share documents, how many these are: so many independent examples there are."""
+    found = next((r["documents"] for r in runs if r["task"] == task and r["documents"]), [])
+    return f" in {len(set(found))} documents" if len(set(found)) < len(found) else ""
+
+
+def trained_on(runs: list[Record], task: str) -> str:
+    """How many rows, and which."""
+    some = [r["data"] for r in runs if r["task"] == task]
+    counts = sorted({data["train_examples"] for data in some})
+    rows = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    return f"{task} {rows} rows ({some[0]['how']})"
+
+
 def notes_of(
-    rows: list[Row], runs: list[Record], common: Sequence[str], timed: Sequence[str], clean: bool
+    rows: list[Row], runs: list[Record], common: Sequence[str], timed: Sequence[str], in_company: bool
 ) -> list[str]:
     """What a reader must know, a sentence each."""
     devices = sorted({r["hardware"]["device"] for r in runs})
@@ -252,23 +291,27 @@ def notes_of(
         f"Experiment: {', '.join(names)} (`rankrace bench run experiments/{names[0]}.yaml`).",
         f"Seeds {', '.join(map(str, seeds))}; ± is half the 95% t interval of the mean over seeds, and says nothing "
         "of other test rows.",
-        "Bold: the highest mean. †: not to be told from it (within 1.96 standard errors of the difference, paired "
-        "over the test rows and the seeds; for F1 of classes and Matthews' correlation the share of right rows"
+        "Bold: the highest mean. †: not to be told from it (with 95% confidence, by the difference paired "
+        "over test rows and seeds, and Student's t of the rows' documents; for F1 of classes "
+        "and Matthews' correlation the share of right rows"
         + ("; for STS-B closeness, 100 where the number is right and 0 where it is 5 off" if "stsb" in sizes else "")
         + ").",
-        "Test rows: " + ", ".join(f"{task} {count:,}" for task, count in sizes.items()) + ". They chose nothing.",
+        "Test rows: " + ", ".join(f"{task} {count:,}{of_documents(runs, task)}" for task, count in sizes.items())
+        + ". They chose nothing.",
+        "Trained on: " + "; ".join(trained_on(runs, task) for task in sizes) + ".",
         "Time: wall clock of preparing and training, the search within it; tuning the learning rate apart. No method "
         f"stops early. Times are sums over {', '.join(timed) or 'no task'}, parameters means over "
         f"{', '.join(common) or 'no task'}.",
         f"Device: {', '.join(devices)}. Commit: {', '.join(commits)} (+: with local changes). "
         f"Versions: {'; '.join(versions)}.",
     ]  # fmt: skip
-    if most_slots > 1 and clean:
+    if most_slots > 1 and not in_company:
         notes.append("Some runs shared the machine, or a GPU of it, with others. Times are only of runs that had it "
-                     "to themselves; those of the tuning may not have had.")  # fmt: skip
+                     "to themselves, and missing for methods that had not; those of the tuning may not have had "
+                     "it.")  # fmt: skip
     elif most_slots > 1:
         notes.append(f"Up to {most_slots} runs shared the machine, or a GPU of it, and no task was timed without "
-                     "others by all methods: times are longer than they need be, and by how much differs. Against "
+                     "others by two methods: times are longer than they need be, and by how much differs. Against "
                      "the claims stand those that had a GPU to themselves, where both have such.")  # fmt: skip
     if any(row.glue is not None for row in rows):
         notes.append(f"GLUE: the mean over {', '.join(task.name for task in GLUE if task.name in sizes)}.")

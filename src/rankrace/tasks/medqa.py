@@ -20,7 +20,10 @@ from rankrace.tasks.task import Splits, Task, hold_out, without_copies
 
 HUB = "GBaker/MedQA-USMLE-4-options"
 LETTERS = "ABCD"
-_LETTER = re.compile(rf"\W*(?:(?i:(?:the\s+)?(?:correct\s+)?answer(?:\s+is)?)\W+)?(?P<letter>[{LETTERS}])\b")
+_LETTER = re.compile(
+    rf"\W*(?:(?i:(?:the\s+)?(?:(?:best|correct|right)\s+)?(?:answer|option|choice)(?:\s+is)?)\W+)?"
+    rf"(?P<letter>[{LETTERS}])\b(?!(?<=A)[ -]+[a-z\d])"  # not the article
+)
 
 
 def _read(root: Path | None, seed: int) -> Splits:
