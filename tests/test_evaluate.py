@@ -5,6 +5,7 @@ Legend: L tokens of a prompt.
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -16,7 +17,16 @@ from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder
 from rankrace.data.encoded import Encoded
 from rankrace.errors import RankraceError
-from rankrace.evaluate.generate import LOOK_EVERY, Writing, answer, batches, generate, remembering
+from rankrace.evaluate.generate import (
+    LOOK_EVERY,
+    Writing,
+    answer,
+    batches,
+    fitting,
+    generate,
+    remembering,
+    room_for_prompts,
+)
 from rankrace.evaluate.predict import classified, predict, training_rows
 from rankrace.methods.parameters import Parameters
 from rankrace.session import recipe_of
@@ -94,6 +104,26 @@ def test_generation_is_transformers_own(family: str) -> None:
         found = [[*row, EOS] for row in answer(prompts, packed, EOS, 12, 16).tolist()]
     assert [row[: row.index(EOS)] for row in found] == [row[: row.index(EOS)] for row in expected]
     assert len({tuple(row) for row in expected}) > 1
+
+
+def test_a_prompt_beyond_the_positions_is_cut_from_its_start() -> None:
+    """GPT-2's positions are learnt and end at 64: an answer of 12 leaves 52 for the prompt."""
+    assert room_for_prompts(tiny("gpt2"), 12) == 52
+    prompt = np.arange(60)
+    assert fitting(prompt, 60, 0).tolist() == list(range(60))
+    assert fitting(prompt, 52, 0).tolist() == [0, *range(9, 60)], "BOS stays"
+    assert fitting(prompt, 52, 5).tolist() == list(range(8, 60))
+    with pytest.raises(RankraceError, match="leaves no room for a prompt"):
+        room_for_prompts(tiny("gpt2"), 63)
+
+
+def test_a_prompt_beyond_the_positions_is_answered(smollm2: Path) -> None:
+    """As its end is: it had ended in an IndexError."""
+    model, tokenizer = tiny("gpt2").eval(), load_tokenizer(str(smollm2))
+    packed = PackedModel(model, Parameters(model, {}), "causal")
+    prompt = torch.randint(5, VOCABULARY, (60,)).numpy()
+    long, cut = (generate(packed, tokenizer, [p], 12, 4096) for p in (prompt, prompt[8:]))
+    assert long == cut
 
 
 @pytest.mark.parametrize("look_every", [1, 7])

@@ -3,6 +3,7 @@
 Shapes: N prompts of a batch, T tokens of a packed row, A tokens of an answer at most.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankrace.data.encoded import NO_LABEL, Encoded
 from rankrace.data.pack import pack, validation_batches
+from rankrace.errors import RankraceError
 from rankrace.evaluate.cache import NAME, Cache, Filling
 from rankrace.training import attention
 from rankrace.training.model import PackedModel
@@ -40,12 +42,18 @@ def generate(
     """The most likely continuation of each prompt, token by token, up to the tokenizer's EOS.
 
     Args:
-        prompts: token ids.
+        prompts: token ids. What has no room before the answer is cut as in training: from the start, BOS stays.
         micro_tokens: of one packed row of prompts.
+
+    Raises:
+        RankraceError: the model has no positions beside those of the answers.
     """
     answers = [""] * len(prompts)
-    eos = tokenizer.eos_token_id
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     assert isinstance(eos, int)
+    assert isinstance(bos, int | None)
+    room = room_for_prompts(model.model, max_new_tokens)
+    prompts = [fitting(prompt, room, bos) for prompt in prompts]
     model.bank.refresh()
     with remembering(model.model):
         for chosen in batches([len(p) for p in prompts], max_new_tokens, cells(model.model)):
@@ -55,6 +63,32 @@ def generate(
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
     return answers
+
+
+def room_for_prompts(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """Tokens. Learnt positions end, and turned ones were never trained beyond.
+
+    Raises:
+        RankraceError: there is none.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return sys.maxsize
+    if positions - max_new_tokens < 2:
+        raise RankraceError(
+            f"an answer of up to {max_new_tokens} tokens leaves no room for a prompt",
+            why=f"the model has {positions} positions for both",
+            fix="use a model with a longer context, or another task",
+        )
+    return positions - max_new_tokens
+
+
+def fitting(prompt: np.ndarray, room: int, bos: int | None) -> np.ndarray:
+    """The end of a prompt that is too long, behind its BOS if it has one."""
+    if len(prompt) <= room:
+        return prompt
+    lead = int(prompt[0] == bos)
+    return np.concatenate([prompt[:lead], prompt[len(prompt) - room + lead :]])
 
 
 @contextmanager
