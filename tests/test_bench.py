@@ -38,7 +38,8 @@ from rankrace.errors import RankraceError
 from rankrace.tasks import TASKS, Splits, find_task
 from tinyfolder import tiny_bert, tiny_llama
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS, EXPERIMENTS = ROOT / "results", sorted((ROOT / "experiments").glob("*.yaml"))
 SMALL = {"max_steps": 3, "batch_size": 4, "train_max": 32, "validation_max": 16, "ranks": [2, 4], "max_length": 256}
 
 
@@ -55,6 +56,14 @@ def bert(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("llama"), smollm2)
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_the_experiments_here_can_be_read(file: Path) -> None:
+    experiment = read_experiment(file)
+    assert experiment.name == file.stem
+    assert experiment.methods
+    assert experiment.tasks
 
 
 def written(folder: Path, model: Path, **values: Any) -> Path:

@@ -315,7 +315,7 @@ def test_out_of_memory_for_real() -> None:
         print(f"    {len(trainer.notes)} times: {trainer.notes[-1]}", flush=True)
 
 
-# --- the long ones: compilers, and seven ways to train
+# --- the long ones: compilers, and eight ways to train
 
 
 def by_method(name: str, graphs: str) -> Tensor:
@@ -324,12 +324,14 @@ def by_method(name: str, graphs: str) -> Tensor:
                        schedule="constant", micro_tokens=2048, cuda_graphs=graphs)  # fmt: skip
     side = EncodedSet(examples=ROWS, truncated=0, dropped=0, supervised_tokens=1)
     data = Data(train=side, validation=side, labels=None, format="", how_split="", sha256="", notes=[])
-    running = find_method(name).prepare(config, data, base(), "causal")
+    method = find_method(name)
+    running = method.prepare(config, data, base(method.quantize), "causal")
     return torch.cat([loss_K.clone() for loss_K in running.run()])
 
 
 def test_graphs_of_other_methods_are_eager() -> None:
-    for name in ("full", "houlsby", "lora-r8", "dora-r16", "adalora-r8", "eva-r16"):
+    names = ("full", "houlsby", "lora-r8", "dora-r16", "adalora-r8", "eva-r16")
+    for name in (*names, *(["qlora-r16"] if "nf4" in kinds() else [])):
         eager, replayed = by_method(name, "off"), by_method(name, "on")
         assert len(set(eager.tolist())) > 6, name
         assert (eager - replayed).abs().max() < 0.03, (name, eager, replayed)
