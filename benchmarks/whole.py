@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 from benchmarks.lengths import ROWS
 from benchmarks.shapes import SHAPES, command, peak_bytes, reset_peak, versions
@@ -87,16 +88,12 @@ def together(whole: Found, parts: Found) -> Found:
 
 def in_a_process(go: Callable[[argparse.Namespace], Found], given: argparse.Namespace) -> Found:
     """With an empty cache of compiled code."""
-    with tempfile.TemporaryDirectory() as cache:
-        before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        try:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                return pool.apply(go, (given,))
-        finally:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-            if before is not None:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
+        multiprocessing.get_context("spawn").Pool(1) as pool,
+    ):
+        return pool.apply(go, (given,))
 
 
 def main() -> None:

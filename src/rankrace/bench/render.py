@@ -151,15 +151,11 @@ def html(table: Table, figures: list[str]) -> str:
 def points_of(table: Table, cost: str) -> list[tuple[float, float, str]]:
     """Of each trained method its cost, its mean score over the tasks that all methods have run on, and its name."""
     trained = [row for row in table.rows if row.parameters and row.cells]
-    if cost == "time":
-        trained = [row for row in trained if row.train_s is not None]
+    costs = [row.parameters if cost == "parameters" else row.train_s for row in trained]
     return [
-        (
-            row.parameters if cost == "parameters" else row.train_s or 0.0,
-            sum(row.cells[task].mean for task in table.common) / len(table.common),
-            row.method,
-        )
-        for row in (trained if table.common else [])
+        (x, sum(row.cells[task].mean for task in table.common) / len(table.common), row.method)
+        for row, x in zip(trained, costs, strict=True)
+        if table.common and x is not None
     ]
 
 

@@ -190,12 +190,13 @@ def cells_of(task: str, runs: list[Record]) -> dict[str, Cell]:
 
 def costs_of(runs: list[Record]) -> dict[str, Any]:
     """Of one method on one task, as `Cell` has them."""
-    timed, peaks = alone(runs) or runs, [r["peak_bytes"] for r in runs if r["peak_bytes"] is not None]
+    apart, peaks = alone(runs), [r["peak_bytes"] for r in runs if r["peak_bytes"] is not None]
+    timed = apart or runs
     return {
         "parameters": float(np.mean([r["parameters"] for r in runs])),
         "train_s": float(np.mean([r["time"]["train_s"] for r in timed])),
         "search_s": float(np.mean([r["time"]["search_s"] for r in timed])),
-        "slots": 1 if alone(runs) else max(r["slots"] for r in runs),
+        "slots": 1 if apart else max(r["slots"] for r in runs),
         "peak_bytes": float(np.mean(peaks)) if peaks else None,
     }
 
