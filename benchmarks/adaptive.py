@@ -18,9 +18,9 @@ from typing import Any
 from benchmarks.study import Study, arguments, ended, run_units
 from benchmarks.sweep import OTHER_RATES, RATES
 from rankrace.data.encoded import EncodedSet
+from rankrace.device import wait_for
 from rankrace.record import decision_of, reason_of
 from rankrace.session import Session, prepare
-from rankrace.training.device import wait_for
 
 ARMS: dict[str, dict[str, Any]] = {
     "fixed": {"strategy": "grid", "ranks": (16,), "refine": False},

@@ -43,10 +43,10 @@ from benchmarks.shapes import (
     versions,
 )
 from rankrace.bank import Bank
+from rankrace.device import wait_for
 from rankrace.plan import graph_worth
 from rankrace.report.canvas import INK, RAMP, WIDE, canvas, to_svg
 from rankrace.training.compiled import compile_blocks
-from rankrace.training.device import wait_for
 from rankrace.training.loop import Recipe, Trainer
 from rankrace.training.memory import gauge
 from rankrace.training.model import PackedModel

@@ -38,11 +38,11 @@ from benchmarks.shapes import (
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data import Data
+from rankrace.device import wait_for
 from rankrace.methods import find_method
 from rankrace.select.shrink import PLANS
 from rankrace.select.strategy import LATER
 from rankrace.session import recipe_of
-from rankrace.training.device import wait_for
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel
 

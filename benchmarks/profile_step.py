@@ -25,8 +25,8 @@ from benchmarks.lengths import ROWS, read_lengths
 from benchmarks.shapes import SHAPES, made_up, peak_bytes, random_model
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
+from rankrace.device import wait_for
 from rankrace.training.compiled import compile_blocks, uncompile
-from rankrace.training.device import wait_for
 from rankrace.training.loop import Recipe, Trainer
 from rankrace.training.model import PackedModel
 

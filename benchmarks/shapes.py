@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.lengths import Lengths
 from rankrace.data import Data
 from rankrace.data.encoded import NO_LABEL, Encoded, EncodedSet
-from rankrace.training.device import wait_for
+from rankrace.device import wait_for
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

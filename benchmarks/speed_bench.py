@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.shapes import SHAPES, allocated_bytes, forget, milliseconds, peak_bytes, random_model
 from rankrace.bank import check_quantize
-from rankrace.training.device import wait_for
+from rankrace.device import wait_for
 from rankrace.training.model import load_model
 
 BATCH, LR, ALPHA, FINAL = 32, 1e-4, 16.0, 8

@@ -13,13 +13,13 @@ from rankrace.bank import Bank, quantize
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded
+from rankrace.device import wait_for
 from rankrace.plan import REFINEMENTS, LookPlan, resolved
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.learning_rate import multiplier
 from rankrace.select.shrink import STABLE_LOOKS, Shrink, ladder
 from rankrace.session import recipe_of
 from rankrace.training.compiled import compile_blocks, uncompile
-from rankrace.training.device import wait_for
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel
 

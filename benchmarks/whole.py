@@ -24,8 +24,8 @@ from benchmarks.shapes import SHAPES, command, peak_bytes, reset_peak, versions
 from benchmarks.speed_bench import Bench, Found
 from benchmarks.speed_ours import Ours, training_of
 from rankrace.bank import quantize
+from rankrace.device import wait_for
 from rankrace.session import prepare
-from rankrace.training.device import wait_for
 
 
 def parts(given: argparse.Namespace) -> Found:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rankrace.bank import adapter_of, save_adapter
 from rankrace.config import RunConfig
+from rankrace.device import wait_for
 from rankrace.interrupt import Interrupted, Interrupts
 from rankrace.loading import open_session
 from rankrace.output import MAY_DIFFER, OutputFolder, writing
@@ -21,7 +22,6 @@ from rankrace.result import Result
 from rankrace.session import Session
 from rankrace.track import Curves, check_tracker, tracked
 from rankrace.training.checkpoint import load_checkpoint, newest_step, save_checkpoint, written_whole
-from rankrace.training.device import wait_for
 from rankrace.training.divergence import alarm_if_diverged
 
 SAVES = 20

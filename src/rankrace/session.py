@@ -18,6 +18,7 @@ from rankrace.bank import Bank, Candidates
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
+from rankrace.device import wait_for
 from rankrace.errors import RankraceError
 from rankrace.plan import LookPlan, resolved
 from rankrace.select.build import make_strategy, penalty_of
@@ -25,7 +26,6 @@ from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held, linear_penalty
 from rankrace.select.search import Search, SearchState, Setting
 from rankrace.training.compiled import compile_blocks
-from rankrace.training.device import wait_for
 from rankrace.training.loop import Measured, Recipe, Trainer
 from rankrace.training.model import PackedModel
 from rankrace.training.recompute import recompute_blocks

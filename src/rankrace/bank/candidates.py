@@ -6,6 +6,7 @@ Shapes: K candidates, R padded rank of a layer (a multiple of 8), D_in / D_out i
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from rankrace.bank.spectrum import Spectrum, spectra
@@ -92,10 +93,13 @@ class Candidates:
         factors, layer_ranks = {}, {}
         for name, (A, B) in self.factors.items():
             kept = tuple(r if allocation is None else allocation[name] for r, allocation in cuts)
-            R = padded(max(kept))
-            A_KRD, B_KDR = A.new_zeros(K, R, A.shape[2]), B.new_zeros(K, B.shape[1], R)
+            most = max(kept)
+            A_KRD, B_KDR = A.new_zeros(K, padded(most), A.shape[2]), B.new_zeros(K, B.shape[1], padded(most))
+            # A cut is the beginning of a wider one.
+            A_RD, B_DR = (x.to(A.dtype) for x in whole[name].truncated(most, 1.0))
             for j, (r, s) in enumerate(zip(kept, multipliers, strict=True)):
-                A_KRD[j, :r], B_KDR[j, :, :r] = whole[name].truncated(r, s)
+                torch.mul(A_RD[:r], s**-0.5, out=A_KRD[j, :r])
+                torch.mul(B_DR[:, :r], s**-0.5, out=B_KDR[j, :, :r])
             factors[name] = (A_KRD, B_KDR)
             if kept != ranks:
                 layer_ranks[name] = kept

@@ -1,12 +1,12 @@
 """The singular values of a LoRA update, without ever forming the update.
 
-ΔW = s·B A with B [D_out, R], A [R, D_in]. An orthonormal basis of either factor's columns leaves an R×R core:
-B = Q_B C_B, Aᵀ = Q_A C_A, so ΔW = Q_B (s·C_B C_Aᵀ) Q_Aᵀ, and the SVD of the core is that of ΔW.
-Cost O((D_in + D_out) R²) instead of O(D_in D_out min(D_in, D_out)).
+ΔW = s·B A with B [D_out, R], A [R, D_in]. An orthonormal basis of A's rows, Aᵀ = Q C, leaves the narrow matrix
+ΔW Q = s·B Cᵀ [D_out, R], whose singular values are those of ΔW; and these come from its R×R Gram matrix:
+(ΔW Q)ᵀ ΔW Q = W S² Wᵀ, V = Q W, U S = ΔW Q W. Cost O((D_in + D_out) R²) instead of O(D_in D_out min(D_in, D_out)).
 
-The bases come from the R×R Gram matrices: one large product for many layers, where a QR goes layer by layer. Squaring
-costs half of float64's digits: what is below 1e-7 of a factor's largest singular value is taken for zero, and the
-factors themselves are float32.
+The basis comes from a Gram matrix too: products and two decompositions of R×R a layer, where QR and SVD would take
+long columns through the host one by one. Squaring costs half of float64's digits: what is below 1e-7 of the largest
+singular value is taken for zero, and the factors themselves are float32. U S V' = ΔW Q W W' Q' holds to all digits.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankrace.bank.threads import one_thread
+from rankrace.bank.threads import in_threads
 
 LEAST = 1e-7
-"""Of a factor's largest singular value: what float64 can still tell from zero after squaring."""
-TOGETHER = 16
-"""Layers at a time: as many copies of factors in float64."""
+"""Of the largest singular value: what float64 can still tell from zero after squaring."""
+TOGETHER = 8
+"""Layers that one thread decomposes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Spectrum:
         return self.B_DR.double() @ self.to_U_RR[:, :rank]
 
     def V(self, rank: int) -> Tensor:
-        """[D_in, rank], orthonormal columns (zero where S is)."""
+        """[D_in, rank], orthonormal columns (some may be zero where S is)."""
         return self.A_RD.T.double() @ self.to_V_RR[:, :rank]
 
     def truncated(self, rank: int, multiplier: float) -> tuple[Tensor, Tensor]:
@@ -65,31 +65,45 @@ def spectrum(A_RD: Tensor, B_DR: Tensor, multiplier: float) -> Spectrum:
 
 
 def spectra(factors: Mapping[str, tuple[Tensor, Tensor]], multiplier: float) -> dict[str, Spectrum]:
-    """The same for many layers, A [R, D_in] and B [D_out, R] each; layers of one shape are taken together."""
-    by_shape: dict[tuple[torch.Size, torch.Size], list[str]] = {}
-    for name, (A, B) in factors.items():
-        by_shape.setdefault((A.shape, B.shape), []).append(name)
+    """The same for many layers, A [R, D_in] and B [D_out, R] each."""
+    by_rank: dict[int, list[str]] = {}
+    for name, (A, _) in factors.items():
+        by_rank.setdefault(len(A), []).append(name)
     found = {}
-    for names in (alike[i : i + TOGETHER] for alike in by_shape.values() for i in range(0, len(alike), TOGETHER)):
-        B_NDR = torch.stack([factors[n][1] for n in names]).double()
-        A_NDR = torch.stack([factors[n][0].T for n in names]).double()
+    for names in by_rank.values():
+        device = factors[names[0]][0].device
         # On a GPU decompositions so small are slower than on the host.
-        grams = [(X.mT @ X).cpu() for X in (B_NDR, A_NDR)]
-        with one_thread():
-            (to_B, C_B), (to_A, C_A) = (basis(gram_NRR) for gram_NRR in grams)
-            U_NRR, S_NR, Vh_NRR = torch.linalg.svd(multiplier * C_B @ C_A.mT)
-            on_host = S_NR, to_B @ U_NRR, to_A @ Vh_NRR.mT
-        S_NR, to_U_NRR, to_V_NRR = (x.to(B_NDR.device) for x in on_host)
+        A_grams_NRR = torch.stack([gram(factors[n][0].T) for n in names]).cpu()
+        B_grams_NRR = torch.stack([multiplier**2 * gram(factors[n][1]) for n in names]).cpu()
+        parts = in_threads(decomposed, zip(A_grams_NRR.split(TOGETHER), B_grams_NRR.split(TOGETHER), strict=True))
+        S_NR, to_U_NRR, to_V_NRR = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
         for i, name in enumerate(names):
             A_RD, B_DR = factors[name]
-            found[name] = Spectrum(A_RD=A_RD, B_DR=B_DR, S_R=S_NR[i], to_U_RR=to_U_NRR[i], to_V_RR=to_V_NRR[i])
+            to_U_RR = multiplier * to_U_NRR[i]
+            found[name] = Spectrum(A_RD=A_RD, B_DR=B_DR, S_R=S_NR[i], to_U_RR=to_U_RR, to_V_RR=to_V_NRR[i])
     return {name: found[name] for name in factors}
 
 
-def basis(gram_NRR: Tensor) -> tuple[Tensor, Tensor]:
-    """From XᵀX the matrices M and C, [N, R, R], with X = Q C and Q = X M, whose columns are orthonormal or zero."""
-    D_NR, V_NRR = torch.linalg.eigh(gram_NRR)
-    size_NR = D_NR.clamp(min=0).sqrt()
-    size_NR = torch.where(size_NR > LEAST * size_NR[:, -1:], size_NR, 0.0)
-    inverse_NR = torch.where(size_NR > 0, 1 / size_NR, 0.0)
-    return V_NRR * inverse_NR[:, None], size_NR[:, :, None] * V_NRR.mT
+def gram(X_DR: Tensor) -> Tensor:
+    """XᵀX [R, R] in float64."""
+    X_DR = X_DR.double()
+    return X_DR.T @ X_DR
+
+
+def decomposed(grams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """From A Aᵀ and s² BᵀB [N, R, R]: S [N, R], to_U / s and to_V [N, R, R] of `Spectrum`."""
+    A_gram_NRR, B_gram_NRR = grams
+    D_NR, W_NRR = torch.linalg.eigh(A_gram_NRR)
+    size_NR, inverse_NR = roots(D_NR)
+    to_Q_NRR, C_NRR = W_NRR * inverse_NR[:, None], size_NR[:, :, None] * W_NRR.mT
+    D_NR, W_NRR = torch.linalg.eigh(C_NRR @ B_gram_NRR @ C_NRR.mT)
+    S_NR, inverse_NR = roots(D_NR)
+    to_U_NRR, to_V_NRR = C_NRR.mT @ W_NRR * inverse_NR[:, None], to_Q_NRR @ W_NRR
+    return S_NR.flip(-1), to_U_NRR.flip(-1), to_V_NRR.flip(-1)
+
+
+def roots(D_NR: Tensor) -> tuple[Tensor, Tensor]:
+    """√D and 1/√D of eigenvalues in ascending order, both zero for what cannot be told from zero."""
+    root_NR = D_NR.clamp(min=0).sqrt()
+    root_NR = torch.where(root_NR > LEAST * root_NR[:, -1:], root_NR, 0.0)
+    return root_NR, torch.where(root_NR > 0, 1 / root_NR, 0.0)

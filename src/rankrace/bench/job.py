@@ -15,6 +15,7 @@ from rankrace.bench.experiment import Experiment, Job, config_of, training_of
 from rankrace.bench.record import Record, begun, failed, hardware, write_record
 from rankrace.bench.rows import commonest, read, sha256, test_rows
 from rankrace.data.hub import reach_hub
+from rankrace.device import wait_for
 from rankrace.errors import RankraceError
 from rankrace.evaluate.predict import predict
 from rankrace.interrupt import Interrupts
@@ -24,8 +25,8 @@ from rankrace.record import versions
 from rankrace.session import chosen_device, chosen_dtype
 from rankrace.tasks import documents, find_task
 from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
-from rankrace.training.device import wait_for
 from rankrace.training.divergence import alarm_if_diverged
+from rankrace.training.memory import free_caches
 from rankrace.training.model import is_encoder, load_model
 
 SAVE_S = 60.0
@@ -95,8 +96,8 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
 
     width = model.config.get_text_config().hidden_size
     lr = job.scale * method.default_lr(width, config)
+    free_caches()  # of loading, and of the run before
     if where.type == "cuda":
-        torch.cuda.empty_cache()  # of loading, and of the run before
         torch.cuda.reset_peak_memory_stats(where)
     began = time.perf_counter()
     # A method without a learning rate takes no step; the configuration wants a positive one all the same.

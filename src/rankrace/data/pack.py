@@ -14,6 +14,7 @@ import torch
 from torch import IntTensor, LongTensor, Tensor
 
 from rankrace.data.encoded import Encoded, Task
+from rankrace.device import sent
 
 IGNORED = -100
 """The target that torch's cross-entropy leaves out."""
@@ -140,7 +141,7 @@ class Packed:
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same row with its tensors on the device."""
-        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        moved = {name: sent(tensor, device) for name, tensor in self._tensors().items()}
         return replace(self, **moved)
 
     def tensors(self) -> list[Tensor]:

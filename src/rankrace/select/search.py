@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rankrace.bank import Bank, Candidates, Spectrum, allocate
 from rankrace.data.encoded import Encoded
+from rankrace.device import wait_for
 from rankrace.errors import RankraceError
 from rankrace.select.learning_rate import scale_at
 from rankrace.select.objective import Held, Source, Trial
 from rankrace.select.strategy import Cut, Keep, Look, Strategy
-from rankrace.training.device import wait_for
 from rankrace.training.loop import Trainer
 from rankrace.training.memory import free_caches, out_of_memory
 

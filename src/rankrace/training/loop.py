@@ -22,6 +22,7 @@ from torch import Tensor
 from rankrace.bank import Bank, Candidates, Spectrum, carried
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, size_buckets, validation_batches
+from rankrace.device import OneAhead, sent
 from rankrace.errors import RankraceError
 from rankrace.training.average import Average
 from rankrace.training.memory import free_caches, out_of_memory
@@ -132,6 +133,7 @@ class Trainer(Generic[B]):
         """Of the values, since `follow`."""
         self._running: Running | None = None
         self._packed: PackedSet | None = None
+        self._ahead = OneAhead(self.bank.device)
         self.notes: list[str] = []
         """What a person should know of how the steps went."""
         self.begin_passes()
@@ -198,6 +200,7 @@ class Trainer(Generic[B]):
         while self.step < until:
             began = time.perf_counter()
             loss_K = self.take_step(self.batch(self.step))
+            self._ahead.queued()
             self.seconds += time.perf_counter() - began
             yield loss_K
 
@@ -220,7 +223,7 @@ class Trainer(Generic[B]):
         rows = [self.model.pack(self.train, row) for row in micros]
         # One global count, so that any split into packed rows gives the same gradient.
         supervised = sum(row.targets_S.shape[0] for row in rows)
-        share = torch.tensor(1 / supervised, dtype=self.bank.dtype, device=self.bank.device)
+        share = sent(torch.tensor(1 / supervised, dtype=self.bank.dtype), self.bank.device)
         loss_K = torch.zeros(K, device=self.bank.device, dtype=self.bank.dtype)
         for micro, row in enumerate(rows):
             for active in self.groups(self.passes.tokens(row), K):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rankrace.bank.flat import Flat
+from rankrace.device import sent
 
 
 class Optimizer(Protocol):
@@ -58,7 +59,7 @@ class BankAdamW:
         g.mul_((self.clip / (norm_K + 1e-6)).clamp_(max=1.0)[:, None])
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        lr_K1 = torch.tensor(lr_K, dtype=p.dtype, device=p.device)[:, None]
+        lr_K1 = sent(torch.tensor(lr_K, dtype=p.dtype), p.device)[:, None]
         if self.weight_decay:
             p.mul_(1 - lr_K1 * self.weight_decay)
         # In the gradient's memory: m̂ / (√v̂ + ε).

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rankrace.bank.flat import Flat
 from rankrace.data.pack import STEP, Packed, Size
-from rankrace.training.memory import free_caches
+from rankrace.device import sent
 from rankrace.training.model import PackedModel
 
 
@@ -100,7 +100,7 @@ class Graphs:
     def prepare(self, row: Packed, share: Tensor) -> None:
         """Captures all passes there will be with these candidates. Nothing may have been added to their gradients."""
         self.graphs.clear()
-        free_caches()  # their memory
+        torch.cuda.empty_cache()  # their memory
         gradients = self.model.bank.gradients
         empty = row.emptied()
         passes = [
@@ -133,7 +133,7 @@ class Graph:
 
     def replay(self, row: Packed, share: Tensor) -> Tensor:
         for mine, new in zip(self.row.tensors(), row.tensors(), strict=True):
-            mine.copy_(new)
+            mine.copy_(sent(new, mine.device))
         self.share.copy_(share)
         self.graph.replay()
         return self.loss_K
