@@ -58,7 +58,9 @@ def make_strategy(
     assert first is not None
     step = min(first, max(1, round(opening.SHARE * total)))
     scales = rates_tried(config.lr_scales)
-    return opening.Opening(inner=strategy, scales=scales, twin=config.twin, look_step=step, objective=objective)
+    return opening.Opening(
+        inner=strategy, scales=scales, twin=config.twin, look_step=step, total_steps=total, objective=objective
+    )
 
 
 def opens(config: RunConfig) -> bool:

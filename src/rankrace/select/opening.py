@@ -19,6 +19,12 @@ from rankrace.select.strategy import Bench, Keep, Look, Rated, Start, Strategy
 
 SHARE = 0.15
 """Of the training. What averages say at a tenth often does not hold at the end (docs/selection.md)."""
+OFTEN = 2.0
+"""Passes over the rows beyond which a raised rate has to be much better: what it gains before rows come back it lost
+again, tenfold, where rows were seen three times."""
+MUCH = 0.05
+"""Of what has been learnt so far, base loss − loss: a rate that is far too low is behind by more than that, and those
+that were as good in the end by less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +34,14 @@ class Opening:
     scales: of the learning rate; 1 is among them.
     twin: with one.
     look_step: when to decide, not after the inner strategy's first look.
+    total_steps: of the training.
     """
 
     inner: Strategy
     scales: tuple[float, ...]
     twin: bool
     look_step: int
+    total_steps: int
     objective: Objective
     averages: bool = True
 
@@ -67,7 +75,8 @@ class Opening:
         """The rate of lowest loss, if it is clearly better than the one given; else that.
 
         The wide candidate that rates are tried on stands high rates better than the small rank that may be cut from
-        it: in doubt the rate stays (docs/selection.md).
+        it: in doubt the rate stays. And it stays, unless another is much better, where rows will be seen often
+        (docs/selection.md).
         """
         held = bench.held
         trials = bench.averaged()
@@ -90,6 +99,16 @@ class Opening:
         behind, se = compared[given]
         # Where the error is unknown nothing is clearly better.
         pick = given if np.isfinite(behind) and not behind > CLEARLY * se else best
+        seen, note = held.epochs * self.total_steps / step, ""
+        if self.scales[pick] > 1 and np.isfinite(behind) and seen > OFTEN:
+            learnt = float(held.base_N.sum() / held.tokens_N.sum()) - losses[best]
+            if not behind > MUCH * learnt:
+                note = (
+                    f"{self.scales[pick]:g} times --lr is better by {behind:.4f} ± {se:.4f} nats after {step} steps, "
+                    f"and was not taken: rows will be seen {seen:.1f} times, and what a raised rate gains before they "
+                    "come back it may lose again. To take it all the same, raise --lr."
+                )
+                pick = given
         chance = abs(difference(trials[-1], rated[given])[0]) if self.twin else None
         return Look(
             step=step,
@@ -101,4 +120,5 @@ class Opening:
             ),
             lr_scale=self.scales[pick],
             chance=chance,
+            note=note,
         )

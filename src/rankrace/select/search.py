@@ -141,6 +141,8 @@ class Search:
         self.apply(look)
         self._spectra = ((-1, -1), {})
         self.state.looks.append(look)
+        if look.note:
+            self.trainer.notes.append(look.note)
         wait_for(self.trainer.bank.device)  # cuts are
         self.state.look_seconds += time.perf_counter() - began
 

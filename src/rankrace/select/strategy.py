@@ -91,6 +91,8 @@ class Look:
     """The one that the training goes on with."""
     chance: float | None = None
     """By how much two trainings differ that are alike but for the draw of their initial factors, in nats."""
+    note: str = ""
+    """What a person should know of it, in a sentence."""
 
 
 class Bench(Protocol):
