@@ -105,8 +105,8 @@ class Opening:
             if not behind > MUCH * learnt:
                 note = (
                     f"{self.scales[pick]:g} times --lr is better by {behind:.4f} ± {se:.4f} nats after {step} steps, "
-                    f"and was not taken: rows will be seen {seen:.1f} times, and what a raised rate gains before they "
-                    "come back it may lose again. To take it all the same, raise --lr."
+                    f"and was not taken: rows will be seen {seen:.1f} times, and what a raised rate gains before "
+                    "they come back may be lost again. To take it all the same, raise --lr."
                 )
                 pick = given
         chance = abs(difference(trials[-1], rated[given])[0]) if self.twin else None
