@@ -8,8 +8,8 @@ Models have random weights, examples random tokens of real lengths (benchmarks/l
 depend on the values. All parts take the same batches of 32 examples. The parts:
 
 ours    rankrace as it sets itself up for a training of 3 epochs: the step of the wide start, of the final rank and of
-        five candidates side by side (grid); a look. A whole adaptive run is put together from them: wide until the
-        third look, which is the earliest that may decide, then the final rank; all looks, first and last figures.
+        five candidates side by side (grid); a look. A whole adaptive run is put together from them: wide for 60% of
+        the steps, as where ranks cannot be told apart before, then the final rank; all looks, first and last figures.
 a       PEFT r=8, all linear layers, as Hugging Face's Trainer runs it: padded batches, autocast, fp32 adapter,
         clipping, fused AdamW. The loop is plain: Trainer's own overhead, its casting of all logits to float32, and
         its schedule are left out, in its favour. As many examples a pass as fit.

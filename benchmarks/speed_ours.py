@@ -17,7 +17,8 @@ from rankrace.device import wait_for
 from rankrace.plan import REFINEMENTS, LookPlan, resolved
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.learning_rate import multiplier
-from rankrace.select.shrink import STABLE_LOOKS, Shrink, ladder
+from rankrace.select.shrink import Shrink, ladder
+from rankrace.select.strategy import LATER
 from rankrace.session import recipe_of
 from rankrace.training.compiled import compile_blocks, uncompile
 from rankrace.training.loop import Trainer
@@ -150,8 +151,7 @@ class Ours:
     def run(self, found: Found, fractions: Sequence[float], looked: int, fresh: int, refined: int) -> Found:
         """A whole adaptive run, in seconds."""
         total, look = found["run_steps"], found["look"]
-        looks = min(STABLE_LOOKS, len(fractions))
-        share = fractions[looks - 1]
+        looks, share = len(fractions) + 1, LATER  # the latest that the choice may come
         training = total * (share * found["wide"]["step_ms"] + (1 - share) * found["final"]["step_ms"]) / 1e3
         ranks = looks * len(look["ladder"]) + refined + 1  # the 1: the base
         looking = looks * look["spectra_s"] + look["example_s"] * (looked * ranks + 2 * fresh)
