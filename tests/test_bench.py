@@ -141,6 +141,12 @@ def test_a_grid_runs_fills_what_is_missing_and_becomes_a_table(tmp_path: Path, b
     }
     assert (tmp_path / "out" / "quality-time.svg").read_text().startswith("<svg")
 
+    older = json.loads(half.read_text())  # of a version with another default, and without one of the options
+    older["config"] |= {"weight_decay": 0.5}
+    del older["config"]["penalty"]
+    half.write_text(json.dumps(older))
+    assert_refused(run(experiment), "other settings", "(weight_decay: 0.5 there, 0.0 now)")
+
     other = written(tmp_path, bert, methods=["full"], tasks=["rte"], common={"batch_size": 8})
     assert_refused(run(other), "other settings", "batch_size: 4 there, 8 now")
 

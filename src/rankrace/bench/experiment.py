@@ -185,13 +185,23 @@ def settings_of(experiment: Experiment, job: Job) -> dict[str, Any]:
     """What two runs must share to be the same one, as plain values: all that is no default.
 
     Of the model only the name: its folder is another on every machine. So is the engine, which is here as it would be
-    without a GPU; a record's `config` says how it was. Another default of another version is not seen here:
-    a record's `versions` and `commit` tell.
+    without a GPU; a record's `config` says how it was. Another default of another version is not seen here, but by
+    `changed_defaults`.
     """
     config = config_of(experiment, job, Path(), "auto")
     given = config.model_dump(mode="json", exclude={"out", "device", "resume", "model"}, exclude_defaults=True)
     return {**given, "model": Path(experiment.model).name, "method": job.method, "scale": job.scale,
             "test_max": experiment.test_max, "tuning": job.tuning}  # fmt: skip
+
+
+MACHINE = {"model", "out", "device", "compile", "cuda_graphs", "recompute"}
+"""Options that may differ between the machines of one experiment."""
+
+
+def changed_defaults(experiment: Experiment, job: Job, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Options of a record's `config` whose value is another now: then and now. Those that it lacks do not count."""
+    now = config_of(experiment, job, Path(), "auto").model_dump(mode="json", exclude=MACHINE)
+    return {name: (config[name], now[name]) for name in now if name in config and config[name] != now[name]}
 
 
 def training_of(experiment: Experiment, job: Job) -> str:

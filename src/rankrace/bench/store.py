@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rankrace.bench.experiment import Experiment, Job, fingerprint, settings_of
+from rankrace.bench.experiment import Experiment, Job, changed_defaults, fingerprint, settings_of
 from rankrace.bench.record import SCHEMA, Record
 from rankrace.errors import RankraceError
 
@@ -189,10 +189,13 @@ def check(experiment: Experiment, records: dict[str, Record]) -> None:
         if record["method"] not in experiment.methods or record["task"] not in experiment.tasks:
             continue
         names = ("method", "task", "seed", "scale", "tuning")
-        now, then = settings_of(experiment, Job(**{name: record[name] for name in names})), record["settings"]
-        if fingerprint(now) != record["fingerprint"]:
-            keys = [k for k in {**now, **then} if then.get(k) != now.get(k)]
-            differing = "; ".join(f"{k}: {then.get(k)} there, {now.get(k)} now" for k in keys)
+        job = Job(**{name: record[name] for name in names})
+        now, then = settings_of(experiment, job), record["settings"]
+        keys = [k for k in {**now, **then} if then.get(k) != now.get(k)]
+        pairs = {k: (then.get(k), now.get(k)) for k in keys}
+        pairs |= changed_defaults(experiment, job, record.get("config", {}))
+        if pairs or fingerprint(now) != record["fingerprint"]:
+            differing = "; ".join(f"{k}: {before} there, {after} now" for k, (before, after) in pairs.items())
             raise RankraceError(
                 f"{key} was run with other settings ({differing or 'unknown'})",
                 why="a table of runs with different settings compares nothing",
