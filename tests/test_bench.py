@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -344,9 +345,17 @@ def test_a_process_on_a_gpu_does_one_run_after_another_until_one_fails(tmp_path:
         wait_for(lambda: done.extend(finished(slot, work)) or done)  # noqa: B023
         assert (done[0]["key"], done[0]["slots"]) == (job.key, 2)
         assert done[0]["status"] == ("failed" if task == "squad2" else "done")
-    slot.release()
     assert len(set(processes[:3])) == 1
     assert len(set(processes)) == 3
+    assert slot.process is not None
+    os.kill(slot.process.pid or 0, signal.SIGSTOP)  # so that it cannot end before
+    slot.begin(Job(method="base", task="rte", seed=0, scale=1.0, tuning=False), work, context)
+    slot.process.kill()
+    lost: list[Record] = []
+    wait_for(lambda: lost.extend(finished(slot, work)) or lost)
+    assert lost[0]["error"].startswith("the run's process was killed by signal 9 (out of memory?); see logs/rte--")
+    assert record(tmp_path, "rte--base--seed0--lr1") == lost[0]
+    assert slot.process is None
 
 
 def test_slots_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,6 +577,7 @@ def test_what_ray_says_of_a_run_is_told_apart(tmp_path: Path, bert: Path, monkey
     cluster = SimpleNamespace(
         exceptions=errors,
         init=lambda **_: None,
+        cluster_resources=lambda: {"CPU": 2.0},
         shutdown=lambda: None,
         remote=lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda experiment, job, *_: job)),
         wait=lambda jobs, **_: (jobs[:1], []),
@@ -583,6 +593,8 @@ def test_what_ray_says_of_a_run_is_told_apart(tmp_path: Path, bert: Path, monkey
 
     with pytest.raises(errors.RaySystemError):
         list(run_ray(read, Store(out), upcoming, "cpu", 60.0, 1))
+    with pytest.raises(RankraceError, match="no node of the Ray cluster has a GPU"):
+        list(run_ray(read, Store(out), upcoming, "cuda:1", 60.0, 1))
     found = Store(out).records()
     assert {key: one["error"].split(":")[0] for key, one in found.items()} == {
         "rte--base--seed0--lr1": "OSError",
@@ -626,6 +638,10 @@ def said(path: Path) -> bytes:
         ({"methods": ["full"], "tasks": ["rte"], "common": {"lr": 1}}, ("'lr'", "tuned")),
         ({"methods": ["full"], "tasks": ["rte"], "test_max": 0}, ("test_max",)),
         ({"methods": [], "tasks": ["rte"]}, ("methods",)),
+        ({"methods": "full", "tasks": ["rte"]}, ("methods", "a list is wanted, [full]")),
+        ({"methods": ["full", "full"], "tasks": ["rte"]}, ("methods", "full is there twice")),
+        ({"methods": ["full"], "tasks": ["rte", "RTE"]}, ("tasks", "rte is there twice")),
+        ({"methods": ["full"], "tasks": ["rte"], "seeds": [0, 1, 0]}, ("seeds", "0 is there twice")),
         ({"methods": ["full"], "tasks": ["rte"], "tuning": {"scales": [1, 2, 1.0]}}, ("scales", "1 is there twice")),
     ],
 )
@@ -698,7 +714,21 @@ def test_a_metric_that_is_no_number_is_a_failure(tmp_path: Path, bert: Path, mon
 
 
 def test_a_table_of_nothing(tmp_path: Path) -> None:
+    assert_refused(rankrace("bench", "table", tmp_path / "nowhere"), "nowhere", "is no results folder", "--out")
+    (tmp_path / "runs").mkdir()
     assert_refused(rankrace("bench", "table", tmp_path), "no finished run")
+
+
+def test_a_table_leaves_what_is_no_record_where_it_is(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for path in (RESULTS / "minilm" / "runs").glob("mrpc--full--*.json"):
+        shutil.copy(path, runs)
+    (runs / "mine.json").write_text('{"my": "data"}')
+    ran = rankrace("bench", "table", tmp_path)
+    assert ran.code == 0, ran.err
+    assert f"Left out: {runs / 'mine.json'} is no whole record" in ran.err
+    assert (runs / "mine.json").read_text() == '{"my": "data"}'
 
 
 # --- the table's figures
@@ -727,7 +757,7 @@ RIGHT = [1.0] * 90 + [0.0] * 10
 
 
 def test_the_forms_of_a_table() -> None:
-    """Of records that were really made: LaTeX that compiles, a page with its notes, figures of two costs."""
+    """Of records that were really made: LaTeX of whole rows, a page with its notes, figures of two costs."""
     records = Store(RESULTS / "minilm").records()
     table = build(records)
     names, tex = render.header(table), render.latex(table)
@@ -874,6 +904,12 @@ def test_costs_in_the_csv_are_the_tasks_own() -> None:
     assert [(float(found[t][c])) for t in ("rte", "mrpc") for c in ("parameters", "train_s", "slots")] == [
         10, 15.0, 3, 99, 2.0, 1,
     ]  # fmt: skip
+
+
+def test_the_commonest_answer_is_that_of_each_seeds_own_rows() -> None:
+    said = [{"baselines": {"commonest": {"accuracy": value}}} for value in (40.0, 60.0)]
+    runs = [made(method, seed, RIGHT, **said[seed]) for method in ("full", "base") for seed in (0, 1)]
+    assert table_of([*runs, made("houlsby", 0, RIGHT, **said[0])]).baselines == {"commonest": {"rte": 50.0}}
 
 
 def test_times_from_a_pass_of_their_own() -> None:

@@ -31,6 +31,7 @@ app = typer.Typer(
     help="LoRA fine-tuning in which nobody has to guess the rank.",
 )
 out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False)
 
 YAML_ONLY = {"rank_lr"}
 OF_A_RUN = {"out", "resume", "save_every", "track"}
@@ -68,7 +69,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # where a terminal has no ± or →, no run shall end for it
             stream.reconfigure(errors="replace")
-    err = Console(stderr=True, highlight=False)
     on_one_line = not err.is_terminal
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="rankrace", standalone_mode=False)
@@ -409,7 +409,7 @@ def bench_run(
     runner: Annotated[str, typer.Option(help="local or ray.")] = "local",
     slots: Annotated[int, typer.Option(min=0, help="Runs at once; 0: one after another in this process.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    memory_gib: Annotated[float, typer.Option(min=0, help="Free GPU memory that a further run wants.")] = 6.0,
+    memory_gib: Annotated[float, typer.Option(min=0, help="Free GPU memory that a further run wants (local).")] = 6.0,
     stop_after: Annotated[float | None, typer.Option(min=0, help="Minutes after which no run starts.")] = None,
     retry_failed: Annotated[bool, typer.Option(help="Run again what has failed.")] = False,
 ) -> None:
@@ -429,7 +429,7 @@ def bench_run(
 
 
 def listed(given: str | None) -> list[str] | None:
-    return None if given is None else given.split(",")
+    return None if given is None else [name.strip() for name in given.split(",")]
 
 
 @bench.command(name="table")
@@ -443,9 +443,11 @@ def bench_table(
     from rankrace.bench.store import Store
     from rankrace.bench.table import build
 
-    store = Store(folder)
-    records = store.records()
-    table = build(records, None if times is None else Store(times).records())
+    store, again = Store(folder), None if times is None else Store(times)
+    records, timed = store.existing(), None if again is None else again.existing()
+    for path in [*store.broken, *(again.broken if again else [])]:
+        err.print(f"Left out: {path} is no whole record", markup=False, soft_wrap=True)
+    table = build(records, timed)
     store.index(records)
     write_all(table, folder)
     out.print(markdown(table), markup=False)

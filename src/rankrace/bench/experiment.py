@@ -69,6 +69,23 @@ class Experiment(BaseModel):
     common: dict[str, Any] = Field(default_factory=dict)
     per_task: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
+    @field_validator("methods", "tasks", "seeds", mode="before")
+    @classmethod
+    def _listed(cls, values: Any) -> Any:
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"a list is wanted, [{values}]")
+        return values
+
+    @field_validator("methods", "tasks", "seeds")
+    @classmethod
+    def _differ(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        # As `find_task` reads them.
+        names = [str(value).lower().replace("-", "").replace("_", "") for value in values]
+        twice = [value for value, name in zip(values, names, strict=True) if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is there twice, and would be run twice")
+        return values
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -162,10 +179,11 @@ def narrowed(experiment: Experiment, **wanted: Sequence[str] | None) -> Experime
         known = {str(value): value for value in experiment.model_dump()[which]}
         missing = [name for name in names if name not in known]
         if missing:
+            near = get_close_matches(missing[0], known, n=1, cutoff=0.0)
             raise RankraceError(
                 f"the experiment {experiment.name} has no {missing[0]!r} among its {which}",
                 why="only a part of it can be run, and nothing beyond it",
-                fix=f"choose from {', '.join(known)}",
+                fix=f"did you mean {near[0]!r}? It has {', '.join(known)}",
             )
         chosen[which] = tuple(value for name, value in known.items() if name in names)
     return experiment.model_copy(update=chosen)

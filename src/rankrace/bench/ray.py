@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-import torch
-
 from rankrace.bench.experiment import Experiment, Job
 from rankrace.bench.job import Stopped, perform
 from rankrace.bench.local import POLL_S, Next, record_failure
@@ -39,8 +37,16 @@ def run_ray(
             why="it is an optional part of rankrace",
             fix="pip install 'rankrace[ray]', or use --runner local",
         ) from error
-    gpu = device != "cpu" and torch.cuda.is_available()
     ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
+    # The cluster's, not this machine's; and each run sees one, whatever its number is here.
+    gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    if not gpu and device not in ("auto", "cpu"):
+        raise RankraceError(
+            f"--device {device}: no node of the Ray cluster has a GPU",
+            why="no run could ever start",
+            fix="use --device auto or cpu, or start a node with one",
+        )
+    device = "cuda" if gpu else "cpu"
     remote = ray.remote(perform).options(
         max_retries=RETRIES, num_cpus=1, num_gpus=1 if gpu else 0, scheduling_strategy="SPREAD"
     )

@@ -50,7 +50,7 @@ def run_experiment(
         Interrupted: Ctrl-C or SIGTERM; the runs in hand were saved.
     """
     experiment = narrowed(read_experiment(path, model), methods=methods, tasks=tasks, seeds=seeds)
-    where = chosen_device(device)
+    where = chosen_device("auto" if runner == "ray" else device)  # the cluster's GPUs may be elsewhere
     console, store = Console(stderr=True, highlight=False), Store(out)
     began, tried = time.monotonic(), set[str]()
 
@@ -73,7 +73,7 @@ def run_experiment(
 
     with store.locked(), Interrupts() as interrupts:
         records = store.records()
-        for path in store.set_aside:
+        for path in store.set_aside():
             console.print(f"Set aside, and run again: {path} was no whole record", markup=False, soft_wrap=True)
         check(experiment, records)
         others = sorted({r["hardware"]["device"] for r in records.values() if r["status"] == "done"}

@@ -31,7 +31,8 @@ COLUMNS = {
 class Store:
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
-        self.set_aside: list[Path] = []
+        self.broken: list[Path] = []
+        """Files among the records that are none, as `records` found them."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -63,8 +64,8 @@ class Store:
             os.close(handle)
 
     def records(self) -> dict[str, Record]:
-        """All whole records by key; a broken file is renamed to *.broken, and its run is missing again."""
-        found = {}
+        """All whole records by key."""
+        found, self.broken = {}, []
         for path in sorted(self.runs.glob("*.json")):
             try:
                 record = json.loads(path.read_text(encoding="utf-8"))
@@ -72,10 +73,26 @@ class Store:
                     raise ValueError("it is no record of this kind")
                 found[path.stem] = record
             except (ValueError, KeyError, TypeError):
-                aside = path.with_suffix(".json.broken")
-                path.rename(aside)
-                self.set_aside.append(aside)
+                self.broken.append(path)
         return found
+
+    def existing(self) -> dict[str, Record]:
+        """`records`, of a folder that has to be there.
+
+        Raises:
+            RankraceError: it is no results folder.
+        """
+        if not self.runs.is_dir():
+            raise RankraceError(
+                f"{self.folder} is no results folder: there is no folder {self.runs}",
+                why="a table is made of the records that `rankrace bench run` leaves there",
+                fix="give what was its --out, by default results/NAME",
+            )
+        return self.records()
+
+    def set_aside(self) -> list[Path]:
+        """Renames what `records` found broken to *.broken, for these runs are done again; their new names."""
+        return [path.rename(path.with_suffix(".json.broken")) for path in self.broken]
 
     def index(self, records: dict[str, Record]) -> None:
         """Makes index.sqlite anew."""

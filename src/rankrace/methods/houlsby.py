@@ -1,5 +1,7 @@
 """Houlsby adapters: a bottleneck behind attention and one behind the MLP of each block (Houlsby et al. 2019).
 
+A module of our own: the library `adapters` (1.3) wants Transformers 4.57.
+
 Shapes: D model width, M bottleneck.
 """
 
