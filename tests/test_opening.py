@@ -205,7 +205,9 @@ def test_the_given_rate_is_kept_unless_another_is_clearly_better(best: int):
         ((2.2, 2.03, 2.0), 1.9, 2.0),
         ((2.2, 2.03, 2.0), 2.1, 1.0),
         ((2.2, 2.03, math.nan), 2.1, 1.0),
-        ((2.2, 2.07, 2.0), 2.1, 2.0),
+        ((2.2, 2.03, 2.0), 2.0, 2.0),
+        ((2.4, 2.12, 2.0), 2.1, 2.0),
+        ((0.4, 0.35, 0.05), 2.1, 2.0),
         ((2.2, math.nan, 2.0), 2.1, 2.0),
         ((2.0, 2.03, 2.2), 2.1, 0.5),
     ],
@@ -213,7 +215,7 @@ def test_the_given_rate_is_kept_unless_another_is_clearly_better(best: int):
 def test_where_rows_come_back_a_raised_rate_has_to_be_much_better(
     losses: tuple[float, ...], passes: float, taken: float
 ) -> None:
-    """By 5% of the 1.0 that was learnt; in the first pass over the rows nothing can be remembered yet."""
+    """By 5% of the loss; in the first passes over the rows little can be remembered yet."""
     look = kept(*losses, epochs=passes / 10)
     assert look.lr_scale == taken
     assert ("2 times --lr" in look.note) == (losses[1] == 2.03 and losses[2] == 2.0 and taken == 1.0)
@@ -386,6 +388,7 @@ def test_a_raised_rate_that_was_not_taken_is_said(given: list[object], tmp_path:
     ran, found = trained(given, tmp_path / "out", "--lr", "1e-3", "--lr-scales", "1.02")
     assert found.decision.lr_scale == 1.0
     assert found.learning_rates[1].loss is not None
+    assert found.decision.lr_edge is None, "the one that was kept is the smallest, but not the best"
     (note,) = (note for note in found.notes if "was not taken" in note)
     assert note.startswith("1.02 times --lr is better by 0.")
     assert note in " ".join(ran.err.split())

@@ -5,6 +5,8 @@ import torch
 
 from models import tiny
 from rankrace.bank import Bank, spectrum
+from rankrace.bank.threads import in_threads
+from rankrace.errors import RankraceError
 
 D_OUT, D_IN, R = 40, 24, 12
 
@@ -80,7 +82,40 @@ def test_truncations_of_a_candidate_in_the_bank() -> None:
         assert not a[0, 2:].any()
 
 
-def test_the_number_of_threads_is_as_before() -> None:
+def test_rank_that_is_not_there_is_told_from_rank_that_is_small() -> None:
+    """A has rank 9 and B 7 of 12 without a row of zeros; then singular values down to 1e-6 of the largest."""
+    A, B = factors()
+    A[9:] = A[:3] + A[3:6]
+    B[:, :5] = B[:, 5:10] - B[:, 7:12]
+    found = spectrum(A, B, 2.0)
+    S = torch.linalg.svdvals(2.0 * B @ A)
+    rank = int((S / S[0] > 1e-10).sum())
+    assert 0 < rank < R
+    assert int((found.S_R > 0).sum()) == rank
+    torch.testing.assert_close(found.S_R, S[:R], rtol=0, atol=1e-7)
+    A_r, B_r = found.truncated(R, 1.0)
+    torch.testing.assert_close(B_r @ A_r, 2.0 * B @ A, rtol=0, atol=1e-6)
+
+    graded = torch.logspace(0, -6, R, dtype=torch.float64)
+    Q_A, Q_B = (torch.linalg.qr(x)[0] for x in (factors(1)[0].T, factors(1)[1]))
+    found = spectrum(graded.sqrt()[:, None] * Q_A.T, Q_B * graded.sqrt(), 1.0)
+    torch.testing.assert_close(found.S_R, graded, rtol=1e-4, atol=0)
+
+
+def test_an_update_that_is_not_finite_is_refused() -> None:
+    A, B = factors()
+    B[3, 2] = torch.nan
+    with pytest.raises(RankraceError, match="not finite"):
+        spectrum(A, B, 1.0)
+
+
+def test_each_piece_takes_one_thread_and_the_number_is_as_before() -> None:
     before = torch.get_num_threads()
-    spectrum(torch.randn(4, 9), torch.randn(7, 4), 1.0)
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(3)
+    try:
+        assert in_threads(lambda n: (n, torch.get_num_threads()), range(5)) == [(n, 1) for n in range(5)]
+        with pytest.raises(ZeroDivisionError):
+            in_threads(lambda n: 1 // n, range(2))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rankrace import RunConfig, session, train
+from rankrace.progress import Progress
 from rankrace.result import Time
 from rankrace.select.search import Search
 from rankrace.training.loop import Trainer
@@ -88,3 +89,16 @@ def test_waiting_is_billed_to_the_candidates_that_ran(
     looked = result.decision.step
 
     assert result.time.search_s == pytest.approx((looked * STEP_S + LATE_S) / 2)
+
+
+def test_steps_that_are_waited_for_to_be_shown_are_steps(
+    given: dict[str, Any], tmp_path: Path, seconds: Seconds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host is a step ahead: what it waits for when it reads a loss is that step."""
+    tokens = [0]
+    monkeypatch.setattr(Progress, "due", lambda self, step: True)
+    monkeypatch.setattr(Progress, "update", lambda *shown: tokens.append(shown[-1]))
+    seconds.slow(torch.Tensor, "tolist")
+    result = train(RunConfig(**{**given, "save_every": STEPS}, out=tmp_path / "out"))
+    assert len(tokens) == 1 + STEPS
+    assert tokens[-1] / result.tokens_per_second == pytest.approx(STEPS * (STEP_S + LATE_S))

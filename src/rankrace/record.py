@@ -1,5 +1,6 @@
 """A finished run as its record: session, final measurement and clock → Result."""
 
+import math
 import platform
 import time
 from dataclasses import dataclass, field
@@ -163,10 +164,13 @@ def decision_of(session: Session) -> Decision:
 
 
 def lr_edge(session: Session) -> Literal["low", "high"] | None:
-    """Whether the learning rate that was chosen is the smallest or the largest of those tried."""
+    """Whether the learning rate that was chosen is the smallest or the largest of those tried, and the best."""
     look = session.search.state.looks[0]
     scales = [rated.lr_scale for rated in look.rates]
     if len(scales) < 2 or min(scales) < look.lr_scale < max(scales):
+        return None
+    losses = {rated.lr_scale: rated.loss for rated in look.rates if math.isfinite(rated.loss)}
+    if look.lr_scale != min(losses, key=lambda scale: losses[scale]):
         return None
     return "low" if look.lr_scale == min(scales) else "high"
 

@@ -114,13 +114,13 @@ def drive(
         save_checkpoint(folder.checkpoints, trainer.step, session.tensors(), state)
         curves.follow()
 
-    for loss_K in search.run():
+    for _ in search.run():
         progress.say_new(trainer.notes)
         if search.decided and not decided:
             decided = True
             progress.say(decision_line(session))
         if progress.due(trainer.step):
-            losses = loss_K.tolist()
+            losses = search.latest_losses()
             alarm_if_diverged(losses, trainer.step)
             progress.update(trainer.step, search.names, losses, trainer.tokens)
         asked = interrupts.asked  # read once: it may change at any moment
@@ -128,6 +128,7 @@ def drive(
             save()
         if asked:
             break
+    progress.say_new(trainer.notes)
     stop_if_asked(interrupts, folder)
 
 

@@ -96,7 +96,7 @@ class Candidates:
             most = max(kept)
             A_KRD, B_KDR = A.new_zeros(K, padded(most), A.shape[2]), B.new_zeros(K, B.shape[1], padded(most))
             # A cut is the beginning of a wider one.
-            A_RD, B_DR = (x.to(A.dtype) for x in whole[name].truncated(most, 1.0))
+            A_RD, B_DR = whole[name].truncated(most, 1.0)
             for j, (r, s) in enumerate(zip(kept, multipliers, strict=True)):
                 torch.mul(A_RD[:r], s**-0.5, out=A_KRD[j, :r])
                 torch.mul(B_DR[:, :r], s**-0.5, out=B_KDR[j, :, :r])

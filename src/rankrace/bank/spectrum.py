@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rankrace.bank.threads import in_threads
+from rankrace.errors import RankraceError
 
 LEAST = 1e-7
 """Of the largest singular value: what float64 can still tell from zero after squaring."""
@@ -41,7 +42,7 @@ class Spectrum:
     """U = B to_U and V = Aᵀ to_V."""
 
     def U(self, rank: int) -> Tensor:
-        """[D_out, rank], orthonormal columns (zero where S is)."""
+        """[D_out, rank], columns of norm 1 (zero where S is), orthogonal but for those whose S is near `LEAST`."""
         return self.B_DR.double() @ self.to_U_RR[:, :rank]
 
     def V(self, rank: int) -> Tensor:
@@ -75,6 +76,12 @@ def spectra(factors: Mapping[str, tuple[Tensor, Tensor]], multiplier: float) -> 
         # On a GPU decompositions so small are slower than on the host.
         A_grams_NRR = torch.stack([gram(factors[n][0].T) for n in names]).cpu()
         B_grams_NRR = torch.stack([multiplier**2 * gram(factors[n][1]) for n in names]).cpu()
+        if not (A_grams_NRR.isfinite().all() and B_grams_NRR.isfinite().all()):
+            raise RankraceError(
+                "the singular values of an adapter cannot be told: it is not finite, or its square is not",
+                why="a candidate that has diverged has no best approximation",
+                fix="lower --lr",
+            )
         parts = in_threads(decomposed, zip(A_grams_NRR.split(TOGETHER), B_grams_NRR.split(TOGETHER), strict=True))
         S_NR, to_U_NRR, to_V_NRR = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
         for i, name in enumerate(names):

@@ -17,7 +17,10 @@ R = TypeVar("R")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch's own products and decompositions on the host take one thread meanwhile."""
+    """torch's own products and decompositions on the host take one thread meanwhile.
+
+    The number is the process's: not for several threads at once.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

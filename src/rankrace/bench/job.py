@@ -226,8 +226,10 @@ def trained(running: Running, checkpoints: Checkpoints, slots: int, *, keep: boo
 
     with Interrupts() as interrupts:
         for losses in running.run():
-            loss_K, now = losses, time.perf_counter()
-            if interrupts.asked or now - saved_at >= checkpoints.save_s:
+            loss_K = losses
+            if interrupts.asked or time.perf_counter() - saved_at >= checkpoints.save_s:
+                wait_for(trainer.bank.device)  # for the step, which is no part of saving
+                now = time.perf_counter()
                 save()
                 saved_at = time.perf_counter()
                 saving += saved_at - now

@@ -198,6 +198,11 @@ class Search:
             entry.steps += len(column)
         self._unread = []
 
+    def latest_losses(self) -> list[float]:
+        """Of the running candidates; waits for the last step."""
+        self.read_losses()
+        return [entry.losses[-1] for entry in self.running]
+
     # --- measuring, for the strategy
 
     @property

@@ -22,7 +22,7 @@ from torch import Tensor
 from rankrace.bank import Bank, Candidates, Spectrum, carried
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, size_buckets, validation_batches
-from rankrace.device import OneAhead, sent
+from rankrace.device import OneAhead, sent, wait_for
 from rankrace.errors import RankraceError
 from rankrace.training.average import Average
 from rankrace.training.memory import free_caches, out_of_memory
@@ -200,7 +200,10 @@ class Trainer(Generic[B]):
         while self.step < until:
             began = time.perf_counter()
             loss_K = self.take_step(self.batch(self.step))
-            self._ahead.queued()
+            if self.step < until:
+                self._ahead.queued()
+            else:
+                wait_for(self.bank.device)  # what comes next has a clock of its own
             self.seconds += time.perf_counter() - began
             yield loss_K
 

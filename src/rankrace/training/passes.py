@@ -19,7 +19,6 @@ from torch import Tensor
 
 from rankrace.bank.flat import Flat
 from rankrace.data.pack import STEP, Packed, Size
-from rankrace.device import sent
 from rankrace.training.model import PackedModel
 
 
@@ -133,7 +132,7 @@ class Graph:
 
     def replay(self, row: Packed, share: Tensor) -> Tensor:
         for mine, new in zip(self.row.tensors(), row.tensors(), strict=True):
-            mine.copy_(sent(new, mine.device))
+            mine.copy_(new.pin_memory(), non_blocking=True)  # as `sent`, into the graph's own
         self.share.copy_(share)
         self.graph.replay()
         return self.loss_K
