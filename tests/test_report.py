@@ -375,3 +375,14 @@ def test_the_card_escapes_markup_and_keeps_its_front_matter(tmp_path: Path):
     assert "<img" not in prose_only
     assert "<script" not in prose_only
     assert r"\`" in prose_only
+
+
+def test_the_page_begins_with_the_choice_and_a_name() -> None:
+    said = "ranks 2 to 16 cannot be told apart; rank 1 is behind; measured on 64 held-out examples: the only look."
+    page = render_report(result(model="/home/someone/models/Small-1B", reason=said), {}, adapter="a")
+    assert '<p class="reason">Ranks 2 to 16 cannot be told apart; rank 1 is behind.</p>' in page
+    assert '<p class="aside">Measured on 64 held-out examples: the only look.</p>' in page
+    assert '<span title="/home/someone/models/Small-1B">Small-1B</span>' in page
+    plain = render_report(result(model="org/name", reason="it was given"), {}, adapter="a")
+    assert '<p class="reason">It was given</p>' in plain
+    assert ">org/name</span>" in plain

@@ -18,12 +18,16 @@ def write_report(result: Result, config: dict[str, Any], path: Path) -> None:
 
 def render_report(result: Result, config: dict[str, Any], *, adapter: str) -> str:
     """The page as HTML; `adapter` is the folder that its loading code names."""
+    choice, how = text.reason_parts(result)
     several_looks = sum(len(figures.finite(look)) > 1 for look in result.looks) > 1
     return (
         text.templates(autoescape=True)
         .get_template("page.html.j2")
         .render(
             result=result,
+            model_name=text.model_name(result),
+            choice=choice,
+            how=how,
             palette=PALETTE,
             rank_figure=_both(figures.loss_against_rank, result),
             step_figure=_both(figures.loss_against_step, result) if result.history else None,

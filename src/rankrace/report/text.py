@@ -2,11 +2,13 @@
 
 import shlex
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rankrace.result import Candidate, Decision, Result
+from rankrace.select.reason import HOW
 
 
 def count(number: float) -> str:
@@ -53,6 +55,24 @@ def templates(*, autoescape: bool) -> Environment:
     )
     environment.filters.update(count=count, duration=duration, gibibytes=gibibytes, percent=percent, loss=loss)
     return environment
+
+
+def model_name(result: Result) -> str:
+    """Its name on the hub, or that of its folder."""
+    path = Path(result.model)
+    return path.name if path.is_absolute() else result.model
+
+
+def reason_parts(result: Result) -> tuple[str, str]:
+    """The choice and how it came about, two sentences."""
+    choice, how, rest = result.reason.partition(HOW)
+    if not how:
+        return _sentence(choice), ""
+    return _sentence(choice) + ".", _sentence(how.removeprefix("; ") + rest)
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def r16_share(result: Result) -> str | None:

@@ -10,6 +10,9 @@ CLEARLY_SMALLER = 3 / 4
 LEAST_CLUSTERS = 20
 """With fewer, two standard errors are far from 95%: 62% with 2 clusters, 80% with 4, 88% with 8."""
 
+HOW = "; measured on "
+"""What stands before it is the choice, and what stands behind it how it came about."""
+
 
 def reason(look: Look, *, share: float, examples: int) -> str:
     """One sentence: which rank, against what, how sure. Losses in nats per target.
@@ -44,7 +47,7 @@ def reason(look: Look, *, share: float, examples: int) -> str:
     if v.gain <= 0 and not v.by_heart:  # a training at its full rate may be behind its start, and end far ahead of it
         words = f"no rank has lowered the validation loss yet; {words}"
     measured = "1 held-out example" if examples == 1 else f"{examples} held-out examples"
-    return f"{words}; measured on {measured} after {100 * share:.3g}% of the training: {look.reason}."
+    return f"{words}{HOW}{measured} after {100 * share:.3g}% of the training: {look.reason}."
 
 
 def behind(point: Point, best: Point) -> str:
