@@ -22,6 +22,7 @@ from rankrace.config import RunConfig
 from rankrace.data.encoded import Encoded
 from rankrace.loading import open_session
 from rankrace.progress import Progress
+from rankrace.report.text import percent
 from rankrace.result import Result
 from rankrace.select.objective import Held, Objective, linear_penalty, log2_penalty
 from rankrace.select.search import Search, Setting
@@ -262,3 +263,21 @@ def test_eight_rows_learnt_by_heart_give_the_smallest_rank(
     assert found.reason.startswith(f"no rank lowered the validation loss, so the smallest, {smallest}, was taken")
     assert "but         No gain: the validation loss with the adapter is not below that of the base" in ran.out
     assert not found.decision.confident
+
+
+def test_what_rises_after_the_choice_is_called_overfitting(taught: Path, tmp_path: Path) -> None:
+    """The same, and many examples to tell it by."""
+    options = ["--strategy", "shrink", "--ranks", "2,4,8", "--max-steps", 60, "--epochs", 99]
+    ran, found = Runs(taught, tmp_path)(LOTS[40:360], *options, train=LOTS[360:368])
+    rise, error = found.decision.rise, found.decision.rise_se
+    assert rise is not None
+    assert error is not None
+    assert rise > 2 * error > 0
+    assert f"but         Overfitting: since the rank was chosen, at {percent(found.decision.fraction)}" in ran.out
+
+
+def test_a_single_pass_over_the_rows_cannot_overfit(model: Path, tmp_path: Path) -> None:
+    """Nothing is measured for it. In two passes it is, and what falls is no matter."""
+    once, twice = (Runs(model, tmp_path)(OTHERS, "--max-steps", n, "--epochs", 9)[1].decision for n in (5, 10))
+    assert (once.rise, once.rise_se) == (None, None)
+    assert twice.rise is not None

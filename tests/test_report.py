@@ -386,3 +386,12 @@ def test_the_page_begins_with_the_choice_and_a_name() -> None:
     plain = render_report(result(model="org/name", reason="it was given"), {}, adapter="a")
     assert '<p class="reason">It was given</p>' in plain
     assert ">org/name</span>" in plain
+
+
+@pytest.mark.parametrize(
+    ("rise", "error", "said"),
+    [(0.021, 0.01, True), (0.019, 0.01, False), (-0.5, 0.01, False), (0.5, None, False), (None, None, False)],
+)
+def test_overfitting_is_said_beyond_two_errors(rise: float | None, error: float | None, said: bool) -> None:
+    found = result(decision=GOLDEN["decision"] | {"rise": rise, "rise_se": error})
+    assert any("risen by 0.0210 ± 0.0100 nats" in warning for warning in warnings(found)) == said

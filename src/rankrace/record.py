@@ -49,8 +49,13 @@ class Clock:
         return self.before + time.perf_counter() - self.began
 
 
-def describe(session: Session, final: Measured, clock: Clock) -> Result:
-    """The record of a finished run."""
+def describe(session: Session, final: Measured, rise: tuple[float, float] | None, clock: Clock) -> Result:
+    """The record of a finished run.
+
+    Args:
+        final: the adapter on fresh examples.
+        rise: `session.rise()`.
+    """
     trainer, search, config, data = session.trainer, session.search, session.config, session.data
     bank, look = trainer.bank, search.state.looks[-1]
     rank = bank.candidates.ranks[0]
@@ -88,7 +93,7 @@ def describe(session: Session, final: Measured, clock: Clock) -> Result:
             )
             for p in look.verdict.points
         ],
-        decision=decision_of(session),
+        decision=decision_of(session, rise),
         candidates=[
             Candidate(rank=e.rank, status="winner" if e.status == "running" else e.status, steps=e.steps)
             for e in entries
@@ -147,8 +152,8 @@ def reason_of(session: Session) -> str:
     return reason(look, share=share, examples=len(session.search.examples))
 
 
-def decision_of(session: Session) -> Decision:
-    """The last look, for the record."""
+def decision_of(session: Session, rise: tuple[float, float] | None = None) -> Decision:
+    """The last look, for the record; with what became of the loss since, if that is known."""
     look = session.search.state.looks[-1]
     return Decision(
         step=look.step,
@@ -160,6 +165,8 @@ def decision_of(session: Session) -> Decision:
         lr_edge=lr_edge(session),
         chance=look.chance,
         gain=look.verdict.gain,
+        rise=None if rise is None else rise[0],
+        rise_se=None if rise is None else rise[1],
     )
 
 

@@ -109,6 +109,10 @@ class Decision(_Record):
     """Difference of two trainings that are alike but for their initial factors (--twin), nats."""
     gain: Measured = None
     """By how much the best rank's loss was below the base's then, on the examples that chose, nats."""
+    rise: Measured = None
+    """By how much the loss on these examples is higher at the end, nats; null where rows were seen once only."""
+    rise_se: Measured = None
+    """Its paired standard error."""
 
 
 class LearningRate(_Record):

@@ -119,6 +119,10 @@ def drive(
         if search.decided and not decided:
             decided = True
             progress.say(decision_line(session))
+            wait_for(trainer.bank.device)
+            began = time.perf_counter()
+            session.mark_choice()
+            clock.evaluation += time.perf_counter() - began
         if progress.due(trainer.step):
             losses = search.latest_losses()
             alarm_if_diverged(losses, trainer.step)
@@ -159,11 +163,11 @@ def finish(
     progress.phase("measuring the adapter")
     wait_for(session.trainer.bank.device)
     began = time.perf_counter()
-    final = session.trainer.measure(session.fresh)
+    final, rise = session.trainer.measure(session.fresh), session.rise()
     clock.evaluation += time.perf_counter() - began
     alarm_if_diverged(final.mean_K.tolist(), session.trainer.step)
     stop_if_asked(interrupts, folder)
-    result = describe(session, final, clock)
+    result = describe(session, final, rise, clock)
     settings = session.config.model_dump(mode="json", exclude={"resume"})
     bank = session.trainer.bank
     with written_whole(folder.adapter) as partial:

@@ -5,7 +5,7 @@ Shapes: N held-out examples.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held, linear_penalty
 from rankrace.select.search import Search, SearchState, Setting
+from rankrace.select.statistics import paired_difference
 from rankrace.training.compiled import compile_blocks
 from rankrace.training.loop import Measured, Recipe, Trainer
 from rankrace.training.model import PackedModel
@@ -62,6 +63,21 @@ class Session:
     base_seconds: float
     """What it took to measure the base model, on these and on those that choose."""
     notes: list[str]
+    chosen_N: list[float] = field(default_factory=list)
+    """Loss of what was chosen on the examples that chose it, soon after; empty where nothing is compared with it."""
+
+    def mark_choice(self) -> None:
+        """For `rise`. In a single pass over the rows nothing can be learnt by heart, and nothing is measured."""
+        t = self.trainer
+        if t.total > t.per_epoch and t.step < t.total:
+            self.chosen_N = self.trainer.measure(self.search.examples).loss_KN[0].tolist()
+
+    def rise(self) -> tuple[float, float] | None:
+        """By how much that loss is higher now, nats per supervised token, and the paired standard error."""
+        if not self.chosen_N:
+            return None
+        now_N, held = self.trainer.measure(self.search.examples).loss_KN[0], self.search.held
+        return paired_difference(now_N, np.array(self.chosen_N), held.tokens_N, held.cluster_N)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: factors, heads and optimiser."""
@@ -79,6 +95,7 @@ class Session:
             "layer_ranks": dict(c.layer_ranks),
             "multipliers": c.multipliers,
             "search": _state.dump_python(self.search.state, mode="json"),
+            "chosen": self.chosen_N,
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -105,6 +122,7 @@ class Session:
         t.start(candidates, state["lr"])
         t.restore(tensors, state)
         self.search.state = _state.validate_python(state["search"])
+        self.chosen_N = state.get("chosen", [])  # older checkpoints have none
 
 
 def ready(

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rankrace.result import Candidate, Decision, Result
 from rankrace.select.reason import HOW
+from rankrace.select.statistics import CLEARLY
 
 
 def count(number: float) -> str:
@@ -99,6 +100,13 @@ def warnings(result: Result) -> list[str]:
         found.append(
             "No gain: the validation loss with the adapter is not below that of the base model. "
             "Check the data with rankrace preview and the learning rate."
+        )
+    rise, error = result.decision.rise, result.decision.rise_se
+    if rise is not None and error is not None and rise > CLEARLY * error:
+        found.append(
+            f"Overfitting: since the rank was chosen, at {percent(result.decision.fraction)} of training, the "
+            f"validation loss has risen by {rise:.4f} ± {error:.4f} nats, on the examples that chose it. Fewer "
+            "--epochs, a lower --lr or more rows would end lower."
         )
     found += doubts(result.rank, result.decision)
     lost = [candidate for candidate in result.candidates if candidate.status == "diverged"]
