@@ -131,7 +131,8 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Search:
         base = trainer.measure(held)
     objective = Objective(penalty=log2_penalty(0.0), rule="one_se")
     race = Race(total_steps=20, wide=16, ranks=(2, 4, 8), refine=False, objective=objective, probe_share=0.2)
-    opening = Opening(inner=race, scales=(0.5, 1.0, 2.0), twin=True, look_step=4, objective=objective)
+    scales, total = (0.5, 1.0, 2.0), trainer.total
+    opening = Opening(inner=race, scales=scales, twin=True, look_step=4, total_steps=total, objective=objective)
     groups = Held(tokens_N=base.tokens_N, cluster_N=torch.arange(16).numpy(), base_N=base.loss_KN[0])
     made = Search(trainer, opening, held, groups, lambda rank: Setting(multiplier=32 / rank, lr=3e-3))
     made.start()

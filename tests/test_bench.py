@@ -945,7 +945,7 @@ def test_a_run_alone_is_not_compared_with_one_in_company() -> None:
 def test_the_notes_say_what_costs_mean() -> None:
     small = ["Out of memory in a pass of 512 tokens (512 × 1) at step 3: taken again, from now on with at most 256."]
     notes = "\n".join(table_of([made("full", 0, RIGHT, notes=small), made("lora-r8", 0, RIGHT)]).notes)
-    assert "GLUE: the mean over rte." in notes
+    assert "GLUE: the mean over rte, each by the mean of its metrics (MRPC: F1 and accuracy)." in notes
     assert "after running out of memory beside others: full 1." in notes
     assert "Peak memory: the largest of a method's runs." in notes
     assert "Trained on: rte 50 rows (by hand)." in notes

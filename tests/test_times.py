@@ -66,7 +66,9 @@ def test_getting_ready_is_no_evaluation(given: dict[str, Any], tmp_path: Path, s
     assert time.total_s > LATE_S
 
 
-def test_evaluation_is_the_base_and_the_end_twice_and_the_choice(given: dict[str, Any], tmp_path: Path, seconds: Seconds) -> None:
+def test_evaluation_is_the_base_and_the_end_twice_and_the_choice(
+    given: dict[str, Any], tmp_path: Path, seconds: Seconds
+) -> None:
     seconds.slow(Trainer, "measure")
     time = spent(given, tmp_path / "out")
     assert time.evaluation_s == pytest.approx(5 * LATE_S)
