@@ -48,10 +48,7 @@ class Tuning(BaseModel):
     @field_validator("scales")
     @classmethod
     def _differ(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
-        names = [f"{scale:g}" for scale in scales]  # as in `Job.training`
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"{twice[0]} is there twice, and each scale is one run")
+        refuse_doubles([f"{scale:g}" for scale in scales])  # as in `Job.training`
         return scales
 
 
@@ -76,15 +73,28 @@ class Experiment(BaseModel):
             raise ValueError(f"a list is wanted, [{values}]")
         return values
 
+    @field_validator("tasks")
+    @classmethod
+    def _named(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(find_task(name).name for name in tasks)
+
+    @field_validator("per_task")
+    @classmethod
+    def _per_named(cls, per_task: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {find_task(name).name: options for name, options in per_task.items()}
+
     @field_validator("methods", "tasks", "seeds")
     @classmethod
     def _differ(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        # As `find_task` reads them.
-        names = [str(value).lower().replace("-", "").replace("_", "") for value in values]
-        twice = [value for value, name in zip(values, names, strict=True) if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"{twice[0]} is there twice, and would be run twice")
+        refuse_doubles([str(value) for value in values])
         return values
+
+
+def refuse_doubles(names: Sequence[str]) -> None:
+    """Raises ValueError."""
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is there twice, and each is one run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +157,6 @@ def read_experiment(path: Path, model: str | None = None) -> Experiment:
         ) from error
     for name in experiment.methods:
         find_method(name)
-    experiment = experiment.model_copy(
-        update={
-            "tasks": tuple(find_task(name).name for name in experiment.tasks),
-            "per_task": {find_task(name).name: options for name, options in experiment.per_task.items()},
-        }
-    )
     for options in (experiment.common, *experiment.per_task.values()):
         decided = sorted(SET_HERE & options.keys())
         if decided:
