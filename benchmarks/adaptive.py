@@ -6,13 +6,13 @@
 The same rows, seeds, steps and batches as benchmarks/sweep.py. Choices see its looked-at examples alone (and halve
 them, as any run does); the end is measured on its fresh ones, to be compared with every arm of the sweep in pairs.
 
-fixed      rank 16 by itself, as people train it
+fixed      rank 16 by itself, as people train it: its last step, though its average is measured, too
 shrink     the default; shrink-quality: with --prefer quality
 shrink-lr  with --lr-scales, at those of the sweep
 race       grid: as the paper has it
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks.study import Study, arguments, ended, run_units
@@ -21,6 +21,7 @@ from rankrace.data.encoded import EncodedSet
 from rankrace.device import wait_for
 from rankrace.record import decision_of, reason_of
 from rankrace.session import Session, prepare
+from rankrace.training.loop import Measured
 
 ARMS: dict[str, dict[str, Any]] = {
     "fixed": {"strategy": "grid", "ranks": (16,), "refine": False},
@@ -44,8 +45,8 @@ def run(study: Study, arms: tuple[str, ...], only_choice: bool) -> dict[str, Any
         wait_for(trainer.bank.device)
         found[name] = chosen(session)
         if not only_choice:
-            fresh = trainer.measure(study.fresh)
-            found[name] |= {"fresh": ended(fresh)}
+            fresh, told = both_ends(session, study)
+            found[name] |= told if name != "fixed" else told | {"fresh": told["last"]}
         trainer.bank.detach()
     record = study.record(fresh.tokens_N if fresh is not None else [])
     ends = [found[name]["fresh"]["loss"][0] if "fresh" in found[name] else found[name]["rank"] for name in arms]
@@ -61,6 +62,18 @@ def opened(study: Study, name: str) -> Session:
     held = study.data.validation
     looked = EncodedSet(examples=study.looked, truncated=held.truncated, dropped=0, supervised_tokens=1)
     return prepare(config, replace(study.data, validation=looked), study.hf, "causal")
+
+
+def both_ends(session: Session, study: Study) -> tuple[Measured, dict[str, Any]]:
+    """What is delivered on the fresh examples; and beside it the last step and the average since the choice."""
+    trainer = session.trainer
+    assert trainer.average is not None
+    last, bank = trainer.measure(study.fresh), trainer.bank
+    with bank.borrowed(bank.candidates.with_tensors(trainer.average.mean.views)):
+        average = trainer.measure(study.fresh)
+    ending = session.end()
+    fresh = average if ending.averaged else last
+    return fresh, {"fresh": ended(fresh), "last": ended(last), "average": ended(average), "ending": asdict(ending)}
 
 
 def chosen(session: Session) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from examples import examples
 from models import tiny
 from rankrace.bank import Bank
 from rankrace.bank.flat import Flat
+from rankrace.select.ending import Difference, Ending, end
 from rankrace.select.objective import Held, Objective, log2_penalty
 from rankrace.select.opening import Opening
 from rankrace.select.race import Race
 from rankrace.select.search import Search, Setting
+from rankrace.select.statistics import paired_difference
 from rankrace.session import Session
 from rankrace.training.average import LATENESS, Average
 from rankrace.training.checkpoint import load_checkpoint, save_checkpoint
@@ -112,6 +114,62 @@ def test_what_is_lost_in_one_candidate_changes_no_bit_of_the_others(bad: float) 
     assert torch.equal(average.mean.all_KP[[0, 2]], plain.mean.all_KP[[0, 2]])
     assert not average.mean.all_KP[1, 4].isfinite()
     assert int((~average.mean.all_KP.isfinite()).sum()) == 1
+
+
+# --- as what a run delivers
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_better_of_average_and_last_step_is_left_in_the_bank(ahead: bool, search: Search) -> None:
+    search.follow = True
+    list(search.run())
+    trainer, held = search.trainer, search.held
+    values, average = trainer.bank.values.all_KP, trainer.average
+    assert average is not None
+    assert 0 < average.steps < 20
+    good, bad = clearly_apart(search)
+    average.mean.all_KP.copy_(good if ahead else bad)
+    values.copy_(good)
+    (expected,) = search.direct()
+    values.copy_(bad if ahead else good)
+    found = end(search, expected.loss_N + 0.5 * held.tokens_N)
+    assert found.averaged == ahead
+    assert found.gain is not None
+    assert found.gain.se < abs(found.gain.nats) == (found.gain.nats if ahead else -found.gain.nats)
+    assert torch.equal(values, good)
+    assert found.rise is not None
+    assert (found.rise.nats, found.rise.se) == (pytest.approx(-0.5), pytest.approx(0.0, abs=1e-9))
+
+
+def clearly_apart(search: Search) -> tuple[Tensor, Tensor]:
+    """The better and the worse of two states of the winner whose losses differ by more than their paired error."""
+    held, values = search.held, search.trainer.bank.values.all_KP
+    before = values.clone()
+    (first,) = search.direct()
+    for seed in range(100):
+        other = before + torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
+        values.copy_(other)
+        (second,) = search.direct()
+        nats, se = paired_difference(second.loss_N, first.loss_N, held.tokens_N, held.cluster_N)
+        if abs(nats) > 1.5 * se:
+            return (before, other) if nats > 0 else (other, before)
+    raise AssertionError("no two states differ")
+
+
+def test_within_the_error_the_last_step_stays(search: Search) -> None:
+    search.follow = True
+    list(search.run())
+    assert search.trainer.average is not None
+    last = search.trainer.bank.values.all_KP.clone()
+    search.trainer.average.mean.all_KP.copy_(last)
+    assert end(search, None) == Ending(averaged=False, gain=Difference(nats=0.0, se=0.0))
+    assert torch.equal(search.trainer.bank.values.all_KP, last)
+
+
+def test_without_an_average_or_a_mark_nothing_is_measured(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(search.run())
+    monkeypatch.setattr(search.trainer, "measure", None)
+    assert end(search, None) == Ending()
 
 
 # --- in a search

@@ -112,7 +112,7 @@ def test_help_names_every_option(command: str, monkeypatch: pytest.MonkeyPatch) 
     assert (ran.code, ran.err) == (0, "")
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)", ran.out))
     flags = {name.replace("_", "-") for name in RunConfig.model_fields} - {"rank-lr"}
-    of_a_run = {"out", "resume", "no-resume", "save-every", "track"}
+    of_a_run = {"out", "resume", "no-resume", "save-every", "track", "average"}
     wanted = flags | {"config", "help", "no-refine", "no-resume", "no-twin"}
     assert named == (wanted if command == "train" else wanted - of_a_run)
     assert "Default: 2,4,8,16,32." in ran.out

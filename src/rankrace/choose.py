@@ -27,7 +27,7 @@ from rankrace.session import Session, prepare
 from rankrace.training.divergence import alarm_if_diverged
 from rankrace.training.model import load_tokenizer, vocabulary_size
 
-NOT_OF_A_SEARCH = {"data", "out", "resume", "save_every", "track", "device", "dtype", "quantize"}
+NOT_OF_A_SEARCH = {"data", "out", "resume", "save_every", "track", "device", "dtype", "quantize", "average"}
 """Options that mean nothing where model and rows are given as they are."""
 
 

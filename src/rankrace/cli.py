@@ -34,7 +34,7 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
 YAML_ONLY = {"rank_lr"}
-OF_A_RUN = {"out", "resume", "save_every", "track"}
+OF_A_RUN = {"out", "resume", "save_every", "track", "average"}
 """Options of `train` alone; the others do not show them. `preview` and `plan` take them, so that they stand before
 a run with its very options; from `search`, which trains, too, one would expect something of them."""
 PANELS = {
@@ -224,6 +224,7 @@ def shown_default(value: Any) -> str:
 @with_options
 def train(config: RunConfig) -> None:
     """Choose the rank, train, and write adapter, result.json and report.html."""
+    from rankrace.report.text import delivered
     from rankrace.report.text import warnings as doubts_of
     from rankrace.run import train as run
 
@@ -238,6 +239,8 @@ def train(config: RunConfig) -> None:
     if b.base is not None and b.final is not None:
         whole = " of answers wholly right" if result.task == "causal" else ""
         say("accuracy", f"{b.base:.1%} → {b.final:.1%}{whole}")
+    if what := delivered(result):
+        say("delivered", what)
     say("parameters", f"{result.trainable_parameters:,}")
     say("time", f"{result.time.total_s:.0f} s, {result.time.search_s:.0f} s of it for the choice")
     say("adapter", str(config.out / "adapter"))

@@ -106,6 +106,8 @@ class RunConfig(BaseModel):
     """AdamW's decoupled weight decay."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm limit of each candidate by itself."""
+    average: Literal["auto", "off"] = "auto"
+    """auto: deliver the average of the values since the choice in place of the last ones, if it is clearly better."""
 
     # --- running
     seed: Annotated[int, Field(ge=0)] = 0

@@ -202,7 +202,9 @@ def seconds(config: RunConfig, data: Data, trainer: Trainer[Bank], plan: LookPla
     looks = ranks_measured(config, plan.most)
     half = len(data.validation) // 2
     looked, fresh = min(plan.looked, half), min(plan.fresh, half)
-    measured = (looks + 1) * looked + 2 * fresh
+    again = int(trainer.total > trainer.per_epoch)  # what was chosen, soon after
+    ends = 2 if config.average == "auto" else again
+    measured = (looks + 1 + again + ends) * looked + 2 * fresh
     return Seconds(
         step=K * one,
         steps=trainer.total * one * (1 + besides(config, plan, K)),

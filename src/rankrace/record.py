@@ -28,6 +28,8 @@ from rankrace.result import (
     Source,
     Time,
 )
+from rankrace.result import Ending as EndingRecord
+from rankrace.select.ending import Difference, Ending
 from rankrace.select.reason import is_confident, reason
 from rankrace.select.statistics import mean_and_se
 from rankrace.session import Session
@@ -49,12 +51,12 @@ class Clock:
         return self.before + time.perf_counter() - self.began
 
 
-def describe(session: Session, final: Measured, rise: tuple[float, float] | None, clock: Clock) -> Result:
+def describe(session: Session, final: Measured, ending: Ending, clock: Clock) -> Result:
     """The record of a finished run.
 
     Args:
         final: the adapter on fresh examples.
-        rise: `session.rise()`.
+        ending: `session.end()`.
     """
     trainer, search, config, data = session.trainer, session.search, session.config, session.data
     bank, look = trainer.bank, search.state.looks[-1]
@@ -93,7 +95,12 @@ def describe(session: Session, final: Measured, rise: tuple[float, float] | None
             )
             for p in look.verdict.points
         ],
-        decision=decision_of(session, rise),
+        decision=decision_of(session, ending.rise),
+        ending=EndingRecord(
+            averaged=ending.averaged,
+            gain=None if ending.gain is None else ending.gain.nats,
+            gain_se=None if ending.gain is None else ending.gain.se,
+        ),
         candidates=[
             Candidate(rank=e.rank, status="winner" if e.status == "running" else e.status, steps=e.steps)
             for e in entries
@@ -152,7 +159,7 @@ def reason_of(session: Session) -> str:
     return reason(look, share=share, examples=len(session.search.examples))
 
 
-def decision_of(session: Session, rise: tuple[float, float] | None = None) -> Decision:
+def decision_of(session: Session, rise: Difference | None = None) -> Decision:
     """The last look, for the record; with what became of the loss since, if that is known."""
     look = session.search.state.looks[-1]
     return Decision(
@@ -165,8 +172,8 @@ def decision_of(session: Session, rise: tuple[float, float] | None = None) -> De
         lr_edge=lr_edge(session),
         chance=look.chance,
         gain=look.verdict.gain,
-        rise=None if rise is None else rise[0],
-        rise_se=None if rise is None else rise[1],
+        rise=None if rise is None else rise.nats,
+        rise_se=None if rise is None else rise.se,
     )
 
 

@@ -115,6 +115,17 @@ class Decision(_Record):
     """Its paired standard error."""
 
 
+class Ending(_Record):
+    """What was delivered of the values of the last step and their average since the choice."""
+
+    averaged: bool = False
+    """The average."""
+    gain: Measured = None
+    """By how much the average's loss was lower, on the examples that chose, nats; null if none was kept."""
+    gain_se: Measured = None
+    """Its paired standard error."""
+
+
 class LearningRate(_Record):
     """One that was tried before the search."""
 
@@ -224,6 +235,7 @@ class Result(_Record):
     accuracy: Accuracy = Field(default_factory=Accuracy)
     curve: list[CurvePoint]
     decision: Decision
+    ending: Ending = Field(default_factory=Ending)
     candidates: list[Candidate]
     looks: list[Look] = Field(default_factory=list)
     learning_rates: list[LearningRate] = Field(default_factory=list)

@@ -163,11 +163,12 @@ def finish(
     progress.phase("measuring the adapter")
     wait_for(session.trainer.bank.device)
     began = time.perf_counter()
-    final, rise = session.trainer.measure(session.fresh), session.rise()
+    ending = session.end()
+    final = session.trainer.measure(session.fresh)
     clock.evaluation += time.perf_counter() - began
     alarm_if_diverged(final.mean_K.tolist(), session.trainer.step)
     stop_if_asked(interrupts, folder)
-    result = describe(session, final, rise, clock)
+    result = describe(session, final, ending, clock)
     settings = session.config.model_dump(mode="json", exclude={"resume"})
     bank = session.trainer.bank
     with written_whole(folder.adapter) as partial:

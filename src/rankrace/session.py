@@ -22,10 +22,10 @@ from rankrace.device import wait_for
 from rankrace.errors import RankraceError
 from rankrace.plan import LookPlan, resolved
 from rankrace.select.build import make_strategy, penalty_of
+from rankrace.select.ending import Ending, end
 from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held, linear_penalty
 from rankrace.select.search import Search, SearchState, Setting
-from rankrace.select.statistics import paired_difference
 from rankrace.training.compiled import compile_blocks
 from rankrace.training.loop import Measured, Recipe, Trainer
 from rankrace.training.model import PackedModel
@@ -67,17 +67,14 @@ class Session:
     """Loss of what was chosen on the examples that chose it, soon after; empty where nothing is compared with it."""
 
     def mark_choice(self) -> None:
-        """For `rise`. In a single pass over the rows nothing can be learnt by heart, and nothing is measured."""
+        """For the ending's `rise`. In a single pass over the rows nothing is learnt by heart: nothing is measured."""
         t = self.trainer
         if t.total > t.per_epoch and t.step < t.total:
             self.chosen_N = self.trainer.measure(self.search.examples).loss_KN[0].tolist()
 
-    def rise(self) -> tuple[float, float] | None:
-        """By how much that loss is higher now, nats per supervised token, and the paired standard error."""
-        if not self.chosen_N:
-            return None
-        now_N, held = self.trainer.measure(self.search.examples).loss_KN[0], self.search.held
-        return paired_difference(now_N, np.array(self.chosen_N), held.tokens_N, held.cluster_N)
+    def end(self) -> Ending:
+        """After the last step: the bank then holds what is delivered."""
+        return end(self.search, np.array(self.chosen_N) if self.chosen_N else None)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: factors, heads and optimiser."""
@@ -179,7 +176,7 @@ def prepare(
         )
 
     slow = config.quantize == "fp8" and bank.device.type == "cpu"
-    search = Search(trainer, strategy, looked, held, setting)
+    search = Search(trainer, strategy, looked, held, setting, follow=config.average == "auto")
     search.start()
     return Session(
         config=config,

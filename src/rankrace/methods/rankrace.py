@@ -29,7 +29,9 @@ class Rankrace(Anywhere):
         return default_lr(width, config.scaling)
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
-        return Choosing(prepare(config.model_copy(update={"strategy": self.name}), data, model, task))
+        # No method averages its end: the loop could do it for all of them, and that is not what is compared.
+        options = {"strategy": self.name, "average": "off"}
+        return Choosing(prepare(config.model_copy(update=options), data, model, task))
 
 
 class Choosing:

@@ -84,6 +84,17 @@ def r16_share(result: Result) -> str | None:
     return f"{share:.3g}× an r=16 adapter" if share > 1 else f"{percent(share)} of an r=16 adapter"
 
 
+def delivered(result: Result) -> str | None:
+    """What of the training the adapter holds, if that is not the plain end of it."""
+    ending = result.ending
+    if not ending.averaged:
+        return None
+    return (
+        "the average of the values since the choice (more of the later ones), "
+        f"{loss(ending.gain)} ± {loss(ending.gain_se)} nats lower than the last step's on the examples that chose"
+    )
+
+
 def warnings(result: Result) -> list[str]:
     """What a reader must know before trusting the choice."""
     found = []

@@ -72,6 +72,7 @@ class Search:
     """Args:
     examples: the held-out examples on which candidates are compared.
     setting: rank → multiplier and learning rate.
+    follow: keep the average of the winner's values, from the choice on.
     """
 
     def __init__(
@@ -81,9 +82,11 @@ class Search:
         examples: Sequence[Encoded],
         held: Held,
         setting: Callable[[int], Setting],
+        *,
+        follow: bool = False,
     ) -> None:
         self.trainer, self.strategy, self.examples, self._held = trainer, strategy, examples, held
-        self.own_setting = setting
+        self.own_setting, self.follow = setting, follow
         self.state = SearchState()
         self._unread: list[Tensor] = []
         self._spectra: tuple[tuple[int, int], dict[str, Spectrum]] = ((-1, -1), {})
@@ -165,6 +168,8 @@ class Search:
                 self.state.entries += [Entry(rank=r, began=step, lr_scale=self.lr_scale(r)) for r in ranks]
         if len(self.ranks) == 1:
             self.trainer.average = None
+        if look.final and self.follow:
+            self.trainer.follow()
 
     def spectra(self, index: int) -> dict[str, Spectrum]:
         """Of one present candidate; kept for the rest of a look."""
@@ -227,7 +232,7 @@ class Search:
 
     def averaged(self) -> list[Trial]:
         average, bank = self.trainer.average, self.trainer.bank
-        assert average is not None, "the strategy said that it wants no averages"
+        assert average is not None, "nobody wanted averages"
         with bank.borrowed(bank.candidates.with_tensors(average.mean.views)):
             return self.trials(self.ranks, "direct")
 

@@ -3,7 +3,8 @@
 At a high learning rate the values wander about what they have learnt, and the loss with them; the end of the schedule
 takes that away. An average shows early on what would be left: with it a comparison after a tenth or two of the
 training puts learning rates in the order of their ends, where the values themselves put the smaller one first
-(docs/selection.md).
+(docs/selection.md). And where rows come back, the average of what the winner was is often better than what it
+has become at the end (select/ending.py).
 
 Shapes: K candidates, P trainable values of one candidate.
 """

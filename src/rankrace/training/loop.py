@@ -164,6 +164,12 @@ class Trainer(Generic[B]):
         """From now on the average of the values is kept too; new candidates have none."""
         self.average = Average(self.bank.values)
 
+    def take_average(self) -> None:
+        """The values become their average; no step can follow."""
+        assert self.average is not None
+        self.bank.values.all_KP.copy_(self.average.mean.all_KP)
+        self.average = None
+
     def start(self: "Trainer[Bank]", candidates: Candidates, lr_K: Sequence[float]) -> None:
         """These candidates, with fresh optimiser state."""
         self.bank.load(candidates)

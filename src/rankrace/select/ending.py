@@ -1,0 +1,62 @@
+"""What a finished training delivers: the values of its last step, or their average since the choice.
+
+Where rows come back the last epochs learn them by heart, and the average, which remembers less of them, has the lower
+validation loss; in a single pass the last step is the better one, by a little (docs/selection.md). Both are there at
+the end, so they are measured: the average is taken if it is ahead by more than one paired standard error.
+
+Shapes: N held-out examples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankrace.select.search import Search
+from rankrace.select.statistics import paired_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Between two losses, in nats per supervised token, with its paired standard error."""
+
+    nats: float
+    se: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """On the examples that chose the rank."""
+
+    averaged: bool = False
+    """The average was taken."""
+    gain: Difference | None = None
+    """By how much its loss is lower than that of the last step; None: there was none."""
+    rise: Difference | None = None
+    """By how much the loss of what is delivered is higher than soon after the choice; None: that was not measured."""
+
+
+def end(search: Search, chosen_N: np.ndarray | None) -> Ending:
+    """Measures both, and leaves the better one in the bank.
+
+    Args:
+        chosen_N: the loss of what was chosen, soon after the choice.
+    """
+    trainer, held = search.trainer, search.held
+
+    def difference(a_N: np.ndarray, b_N: np.ndarray) -> Difference:
+        nats, se = paired_difference(a_N, b_N, held.tokens_N, held.cluster_N)
+        return Difference(nats=nats, se=se)
+
+    if trainer.average is None and chosen_N is None:
+        return Ending()
+    averaged, gain = False, None
+    (last,) = search.direct()
+    end_N = last.loss_N
+    if trainer.average is not None:
+        (average,) = search.averaged()
+        gain = difference(end_N, average.loss_N)
+        averaged = gain.nats > gain.se  # an unknown error says no
+        if averaged:
+            trainer.take_average()
+            end_N = average.loss_N
+    return Ending(averaged=averaged, gain=gain, rise=None if chosen_N is None else difference(end_N, chosen_N))
