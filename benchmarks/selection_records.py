@@ -91,6 +91,17 @@ class Arm:
     """Arms measured for the choice, summed over its looks, each on `looked` examples."""
     looked: int
     loss_N: np.ndarray
+    ends: "Ends | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """The last step and the average since the choice, on fresh examples; records before 27 November lack them."""
+
+    last_N: np.ndarray
+    average_N: np.ndarray
+    averaged: bool
+    """The examples that chose the rank were for the average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +209,19 @@ def arm_of(name: str, arm: Mapping[str, Any], lr: float) -> Arm:
         candidate_steps=arm["candidate_steps"],
         measured=measured,
         looked=arm["looked"],
-        loss_N=np.array(arm["fresh"]["per_example"][0], dtype=float),
+        loss_N=losses_of(arm["fresh"]),
+        ends=both_ends_of(arm) if "ending" in arm else None,
     )
+
+
+def losses_of(end: Mapping[str, Any]) -> np.ndarray:
+    """Of each fresh example, of the one candidate that was measured."""
+    return np.array(end["per_example"][0], dtype=float)
+
+
+def both_ends_of(arm: Mapping[str, Any]) -> Ends:
+    last, average = losses_of(arm["last"]), losses_of(arm["average"])
+    return Ends(last_N=last, average_N=average, averaged=arm["ending"]["averaged"])
 
 
 def earlier(name: str, arm: Mapping[str, Any]) -> int:

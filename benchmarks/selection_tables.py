@@ -311,6 +311,37 @@ def against_best(runs: Sequence[Adaptive], sweeps: Sequence[Sweep], found: dict[
     table(["", *labels, "at most one error worse", "with chance"], rows)
 
 
+def both_ends(runs: Sequence[Adaptive]) -> None:
+    """What the average since the choice is worth, and whether it was taken."""
+    runs = [run for run in runs if any(arm.ends for arm in run.arms.values())]
+    if not runs:
+        return
+    print(
+        "### The average since the choice less the last step, on fresh examples (**taken**; fixed keeps its last)\n"
+    )
+    names = list(dict.fromkeys(n for run in runs for n in run.arms))
+    found: dict[str, list[tuple[float, bool]]] = {name: [] for name in names}
+    rows = []
+    for run in runs:
+        cells = []
+        for name in names:
+            ends = run.arms[name].ends if name in run.arms else None
+            if ends is None:
+                cells.append("")
+                continue
+            d, se = paired_difference(ends.average_N, ends.last_N, run.fresh.tokens_N, run.fresh.cluster_N)
+            found[name].append((d, ends.averaged))
+            words = f"{d:+.4f} ± {se:.4f}"
+            cells.append(f"**{words}**" if ends.averaged else words)
+        rows.append([named(run.unit), *cells])
+    each = [[d for d, _ in found[n]] for n in names]
+    taken = [[d if averaged else 0.0 for d, averaged in found[n]] for n in names]
+    rows.append(["mean, if always taken", *(f"{np.mean(d):+.4f}" for d in each)])
+    rows.append(["mean, as the examples that chose have it", *(f"{np.mean(d):+.4f}" for d in taken)])
+    rows.append(["mean, if one knew", *(f"{np.minimum(d, 0).mean():+.4f}" for d in each)])
+    table(["task", *names], rows)
+
+
 def repeated_choices(found: dict[tuple[str, str], dict[int, int]]) -> None:
     print("### The same choice over seeds\n")
     rows = [
@@ -365,6 +396,7 @@ def main(root: Path = records.ROOT, whole: str = "adaptive") -> None:
         chance_table(found)
         whole_runs(runs, found)
         against_best(runs, sweeps, found)
+        both_ends(runs)
         repeated_choices(records.choices(root, whole))
     after_cut(records.after_cuts(root))
     after_cut(records.after_cuts(root, "after_cut_rates"))
