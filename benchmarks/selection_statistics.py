@@ -67,8 +67,13 @@ def best_arms(sweep: Sweep) -> dict[int, int]:
 
 def best_arm(sweep: Sweep) -> int:
     """The best of all at the last look."""
+    return best_at(sweep, range(len(sweep.ranks)))
+
+
+def best_at(sweep: Sweep, arms: Iterable[int]) -> int:
+    """The best of these at the last look."""
     last_K = sweep.looks[-1].direct.loss_K
-    return min(best_arms(sweep).values(), key=lambda i: last_K[i])
+    return min((i for i in arms if math.isfinite(last_K[i])), key=lambda i: last_K[i])
 
 
 @dataclass(frozen=True, kw_only=True)

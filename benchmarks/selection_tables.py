@@ -22,6 +22,7 @@ from benchmarks.selection_statistics import (
     Difference,
     best_arm,
     best_arms,
+    best_at,
     chances,
     correlation,
     default_pick,
@@ -167,6 +168,12 @@ def early_looks(sweeps: Sequence[Sweep], rate_of: Callable[[Sweep], float], titl
     means.append(["trainings paid, side by side", *(f"{x:.2f}" for x in side_by_side)])
     means.append(["trainings paid, truncated", *("1.00" for _ in shares)])
     table(["mean of all trainings", *map(percent, shares)], means)
+    always: dict[int, list[float]] = {}
+    for s, _, at, _, end_K in trainings:
+        for i, k in enumerate(at):
+            always.setdefault(s.ranks[k], []).append(regret(i, end_K))
+    heads = ["without a look, always", *(f"r = {r}" for r in sorted(always))]
+    table(heads, [["regret", *(nats(float(np.mean(x))) for _, x in sorted(always.items()))]])
     print("Rank correlation by task:\n")
     table(["", *map(percent, shares)], by_task)
     for name in PICKED:
@@ -287,28 +294,41 @@ def whole_runs(runs: Sequence[Adaptive], found: dict[str, Chance]) -> None:
     table([*heads, "mean", "parameters ÷ r = 16", "candidate-steps", "with measurements"], rows)
 
 
-def against_best(runs: Sequence[Adaptive], sweeps: Sequence[Sweep], found: dict[str, Chance]) -> None:
+REFERENCES: dict[str, Callable[[Sweep], int]] = {
+    "best arm (at the last look)": best_arm,
+    "best rank at ×1": lambda s: best_at(s, s.at(1.0)),
+    "r = 16 at ×1, which is `fixed` once more": lambda s: next(i for i in s.at(1.0) if s.ranks[i] == 16),
+}
+"""Arms of a sweep that whole runs are held against."""
+
+
+def against_sweeps(runs: Sequence[Adaptive], sweeps: Sequence[Sweep], found: dict[str, Chance]) -> None:
     """Where the unit's sweep is there."""
     by_unit = {s.unit: s for s in sweeps}
     both = [(run, by_unit[run.unit]) for run in runs if run.unit in by_unit]
     if not both:
         return
-    print("### Whole runs against the sweep's best arm (the best at its last look)\n")
     names = list(dict.fromkeys(n for run, _ in both for n in run.arms))
-    rows = []
-    for name in names:
-        cells, all_x = [], []
+    sums = []
+    for which, (words, reference) in enumerate(REFERENCES.items()):
+        rows, columns = [], []
         for run, s in both:
             assert s.loss_KN is not None
-            if name not in run.arms:
-                cells.append("")
-                continue
-            all_x.append(against(run, name, s.loss_KN[best_arm(s)], found))
-            cells.append(f"{all_x[-1].d:+.4f} ± {all_x[-1].se:.4f}")
-        alone, with_chance = tally(all_x, chance=False), tally(all_x, chance=True)
-        rows.append([name, *cells, f"{alone.within} / {alone.all}", f"{with_chance.within} / {with_chance.all}"])
-    labels = [f"{named(s.unit)}: r = {s.ranks[best_arm(s)]}, ×{s.rates[best_arm(s)]:g}" for _, s in both]
-    table(["", *labels, "at most one error worse", "with chance"], rows)
+            other = reference(s)
+            x = {n: against(run, n, s.loss_KN[other], found) for n in names if n in run.arms}
+            columns.append(x)
+            label = f"{named(run.unit)}: r = {s.ranks[other]}, ×{s.rates[other]:g}"
+            rows.append([label, *(f"{x[n].d:+.4f} ± {x[n].se:.4f}" if n in x else "" for n in names)])
+        if which == 0:
+            print(f"### Whole runs less the sweep's {words}\n")
+            table(["", *names], rows)
+        for name in names:
+            all_x = [x[name] for x in columns if name in x]
+            alone, with_chance = tally(all_x, chance=False), tally(all_x, chance=True)
+            within = [f"{t.within} / {t.all}" for t in (alone, with_chance)]
+            sums.append([words, name, f"{np.mean([x.d for x in all_x]):+.4f}", *within])
+    print("### The same in sum\n")
+    table(["less the sweep's", "", "mean", "at most one error worse", "with chance"], sums)
 
 
 def both_ends(runs: Sequence[Adaptive]) -> None:
@@ -395,7 +415,7 @@ def main(root: Path = records.ROOT, whole: str = "adaptive") -> None:
     if runs:
         chance_table(found)
         whole_runs(runs, found)
-        against_best(runs, sweeps, found)
+        against_sweeps(runs, sweeps, found)
         both_ends(runs)
         repeated_choices(records.choices(root, whole))
     after_cut(records.after_cuts(root))

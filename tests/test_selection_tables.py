@@ -317,7 +317,7 @@ def test_every_table_is_printed_from_whatever_is_there(tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     # Rank 1 at ×1: 0 nats over 4 tokens less 0.4.
     assert "| sst2, seed 1 | -0.1000 ± 0.0000 (×1) | 0.2000 (×1) |" in printed
-    assert "### Whole runs against the sweep's best arm" in printed
+    assert "### Whole runs less the sweep's best arm" in printed
     assert "### After a cut" not in printed
 
 
