@@ -23,7 +23,7 @@ from rankrace.data.encoded import Encoded
 from rankrace.loading import open_session
 from rankrace.progress import Progress
 from rankrace.report.text import percent
-from rankrace.result import Result
+from rankrace.result import Ending, Result
 from rankrace.select.objective import Held, Objective, linear_penalty, log2_penalty
 from rankrace.select.search import Search, Setting
 from rankrace.select.shrink import Shrink
@@ -274,6 +274,23 @@ def test_what_rises_after_the_choice_is_called_overfitting(taught: Path, tmp_pat
     assert error is not None
     assert rise > 2 * error > 0
     assert f"but         Overfitting: since the rank was chosen, at {percent(found.decision.fraction)}" in ran.out
+
+
+def test_the_average_of_values_that_wander_is_delivered(model: Path, tmp_path: Path) -> None:
+    """At a constant rate, on two rows a step. Both runs train alike."""
+    options = ["--strategy", "grid", "--ranks", 8, "--max-steps", 120, "--schedule", "constant", "--batch-size", 2]
+    told, average = Runs(model, tmp_path)(OTHERS, *options)
+    plain, last = Runs(model, tmp_path)(OTHERS, *options, "--average", "off")
+    assert average.history == last.history
+    assert average.ending.averaged
+    assert average.ending.gain is not None
+    assert average.ending.gain_se is not None
+    assert average.ending.gain > average.ending.gain_se > 0
+    assert last.ending == Ending()
+    assert average.loss.final < last.loss.final - average.ending.gain / 2
+    words = f"the average of the values since the choice (more of the later ones), {average.ending.gain:.4f} ± "
+    assert f"delivered   {words}" in told.out
+    assert "delivered " not in plain.out
 
 
 def test_a_single_pass_over_the_rows_cannot_overfit(model: Path, tmp_path: Path) -> None:
