@@ -132,7 +132,7 @@ def test_the_better_of_average_and_last_step_is_left_in_the_bank(ahead: bool, se
     values.copy_(good)
     (expected,) = search.direct()
     values.copy_(bad if ahead else good)
-    found = end(search, expected.loss_N + 0.5 * held.tokens_N)
+    found = end(trainer, search.examples, held.cluster_N, expected.loss_N + 0.5 * held.tokens_N)
     assert found.averaged == ahead
     assert found.gain is not None
     assert found.gain.se < abs(found.gain.nats) == (found.gain.nats if ahead else -found.gain.nats)
@@ -162,14 +162,15 @@ def test_within_the_error_the_last_step_stays(search: Search) -> None:
     assert search.trainer.average is not None
     last = search.trainer.bank.values.all_KP.clone()
     search.trainer.average.mean.all_KP.copy_(last)
-    assert end(search, None) == Ending(averaged=False, gain=Difference(nats=0.0, se=0.0))
+    ending = end(search.trainer, search.examples, search.held.cluster_N)
+    assert ending == Ending(averaged=False, gain=Difference(nats=0.0, se=0.0))
     assert torch.equal(search.trainer.bank.values.all_KP, last)
 
 
 def test_without_an_average_or_a_mark_nothing_is_measured(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     list(search.run())
     monkeypatch.setattr(search.trainer, "measure", None)
-    assert end(search, None) == Ending()
+    assert end(search.trainer, search.examples, search.held.cluster_N) == Ending()
 
 
 # --- in a search

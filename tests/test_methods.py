@@ -197,6 +197,22 @@ def test_a_resumed_method_ends_where_an_undisturbed_one_does(
     )
 
 
+@pytest.mark.parametrize("name", ["lora-r16", "shrink"])
+def test_an_average_is_what_is_delivered_where_it_is_better(name: str, causal: tuple[RunConfig, Data]) -> None:
+    """At a constant and high rate, where values wander; up to the end both train alike."""
+    config, data = causal
+    config = config.model_copy(
+        update={"schedule": "constant", "lr": 0.05, "max_steps": 30, "batch_size": 2, "epochs": 9.0}
+    )
+    losses, validation = [], []
+    for method in (name, f"{name}-average"):
+        running = started(method, config, data)
+        losses.append([float(loss_K[0]) for loss_K in running.run()])
+        validation.append(float(running.trainer.measure(data.validation.examples).mean_K[0]))
+    assert losses[0] == losses[1]
+    assert validation[1] < validation[0]
+
+
 def test_houlsby_has_the_papers_number_of_parameters(causal: tuple[RunConfig, Data], minilm: Path) -> None:
     """2·M·D + D + M an adapter, two adapters a block."""
     config, data = causal

@@ -74,7 +74,8 @@ class Session:
 
     def end(self) -> Ending:
         """After the last step: the bank then holds what is delivered."""
-        return end(self.search, np.array(self.chosen_N) if self.chosen_N else None)
+        search, chosen_N = self.search, np.array(self.chosen_N) if self.chosen_N else None
+        return end(self.trainer, search.examples, search.held.cluster_N, chosen_N)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: factors, heads and optimiser."""

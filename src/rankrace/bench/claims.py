@@ -6,16 +6,16 @@ time and 0.65 of the memory of full fine-tuning.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import numpy as np
 
 from rankrace.bench.paired import difference
 from rankrace.bench.record import Record
-from rankrace.config import RunConfig
+from rankrace.methods import METHODS
+from rankrace.methods.rankrace import Rankrace
 from rankrace.tasks import TASKS
 
-STRATEGIES: tuple[str, ...] = get_args(RunConfig.model_fields["strategy"].annotation)
+OURS = tuple(name for name, method in METHODS.items() if isinstance(method, Rankrace))
 QUALITY_OF = "lora-r16"
 COSTS = (
     ("parameters", "lora-r16", 0.5),
@@ -31,7 +31,7 @@ AGAIN = "again"
 def claims(runs: Sequence[Record]) -> list[str]:
     """Of each strategy among the finished runs; a comparison is over the tasks on which both have run."""
     found = []
-    for strategy in STRATEGIES:
+    for strategy in OURS:
         sentences = [quality(runs, strategy), *(cost(runs, strategy, *claimed) for claimed in COSTS)]
         if any(sentences):
             found.append(f"{strategy}: {'; '.join(filter(None, sentences))}.")

@@ -12,7 +12,7 @@ from rankrace.methods.adalora import AdaLora
 from rankrace.methods.base import Base
 from rankrace.methods.full import Full
 from rankrace.methods.houlsby import Houlsby
-from rankrace.methods.method import Described, Method, Running
+from rankrace.methods.method import AVERAGE, Described, Method, Running
 from rankrace.methods.peft_lora import PeftLora
 from rankrace.methods.qlora import QLora
 from rankrace.methods.rankrace import Rankrace
@@ -25,12 +25,14 @@ _ALL: tuple[Method, ...] = (
     Houlsby(),
     PeftLora(name="lora-r8", rank=8),
     PeftLora(name="lora-r16", rank=16),
+    PeftLora(name=f"lora-r16{AVERAGE}", rank=16, average=True),
     PeftLora(name="rslora-r16", rank=16, rslora=True),
     PeftLora(name="dora-r16", rank=16, dora=True),
     AdaLora(rank=8),
     PeftLora(name="eva-r16", rank=16, eva=True),
     QLora(rank=16),
     *(Rankrace(strategy) for strategy in get_args(RunConfig.model_fields["strategy"].annotation)),
+    Rankrace("shrink", average=True),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 

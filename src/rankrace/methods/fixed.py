@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from rankrace.config import RunConfig
@@ -12,6 +13,7 @@ from rankrace.errors import RankraceError
 from rankrace.methods.method import Described
 from rankrace.methods.parameters import Parameters
 from rankrace.plan import default_micro_tokens
+from rankrace.select.ending import end
 from rankrace.session import recipe_of
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel
@@ -24,6 +26,7 @@ class Fixed:
     rank: of a LoRA adapter.
     optimizer: what to make of the loop's own one.
     delivered: how many of the trained values are needed to use the model; None: all.
+    average: the end may be the average of the values, chosen on the validation examples.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Fixed:
         rank: int | None = None,
         optimizer: Callable[[Optimizer, Trainer[Parameters]], Optimizer] = lambda own, trainer: own,
         delivered: Callable[[], int] | None = None,
+        average: bool = False,
     ) -> None:
         refuse_unshared(config)
         assert config.lr is not None
@@ -46,10 +50,13 @@ class Fixed:
         self.trainer = Trainer(model, data.train.examples, recipe_of(config, micro_tokens))
         self.trainer.begin([config.lr])
         self.trainer.optimizer = optimizer(self.trainer.optimizer, self.trainer)
-        self.rank, self.delivered = rank, delivered
+        self.rank, self.delivered, self.validation = rank, delivered, data.validation.examples
+        if average:
+            self.trainer.follow()
 
     def run(self) -> Iterator[Tensor]:
-        return self.trainer.run(self.trainer.total)
+        yield from self.trainer.run(self.trainer.total)
+        end(self.trainer, self.validation, np.array([e.group for e in self.validation]))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"values": self.trainer.bank.values.all_KP, **self.trainer.tensors()}

@@ -4,7 +4,8 @@
     for loss_K in running.run(): ...
 
 Every method gets the same examples in the same order and the same token budget, has no dropout and no early
-stopping, and its learning rate from the same rule: a default of its own times the same few scales.
+stopping, ends with its last step (but for those named -average), and has its learning rate from the same rule: a
+default of its own times the same few scales.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from rankrace.config import Quantize, RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
 from rankrace.training.loop import Trainer
+
+AVERAGE = "-average"
+"""Ends the names of methods that deliver the average of their values where validation examples say it is better."""
 
 
 class Running(Protocol):

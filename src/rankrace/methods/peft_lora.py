@@ -42,6 +42,8 @@ class PeftLora(Anywhere):
     rslora: bool = False
     dora: bool = False
     eva: bool = False
+    average: bool = False
+    """Its end may be the average of its values."""
 
     def default_lr(self, width: int, config: RunConfig) -> float:
         scaling = "rslora" if self.rslora else "lora"
@@ -60,7 +62,8 @@ class PeftLora(Anywhere):
         peft_model = wrapped(model, lora, config.seed)
         if self.eva:
             initialise_by_data(peft_model, model, data.train.examples, task)
-        return Fixed(config, data, Parameters(model, trainable(peft_model)), task, rank=self.rank)
+        trained = Parameters(model, trainable(peft_model))
+        return Fixed(config, data, trained, task, rank=self.rank, average=self.average)
 
 
 def shared(config: RunConfig, model: PreTrainedModel, task: Task) -> dict[str, Any]:

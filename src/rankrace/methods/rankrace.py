@@ -10,7 +10,7 @@ from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
-from rankrace.methods.method import Anywhere, Described, Running
+from rankrace.methods.method import AVERAGE, Anywhere, Described, Running
 from rankrace.record import reason_of
 from rankrace.select.learning_rate import default_lr
 from rankrace.session import Session, prepare
@@ -20,18 +20,19 @@ from rankrace.training.loop import Trainer
 class Rankrace(Anywhere):
     """Args:
     strategy: a value of RunConfig.strategy.
+    average: its end may be the average of its values, as `rankrace train` has it; else it is the last step, as
+        every method's.
     """
 
-    def __init__(self, strategy: str) -> None:
-        self.name = strategy
+    def __init__(self, strategy: str, *, average: bool = False) -> None:
+        self.name = strategy + (AVERAGE if average else "")
+        self.options = {"strategy": strategy, "average": "auto" if average else "off"}
 
     def default_lr(self, width: int, config: RunConfig) -> float:
         return default_lr(width, config.scaling)
 
     def prepare(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> Running:
-        # No method averages its end: the loop could do it for all of them, and that is not what is compared.
-        options = {"strategy": self.name, "average": "off"}
-        return Choosing(prepare(config.model_copy(update=options), data, model, task))
+        return Choosing(prepare(config.model_copy(update=self.options), data, model, task))
 
 
 class Choosing:
@@ -45,7 +46,8 @@ class Choosing:
         return self.session.trainer
 
     def run(self) -> Iterator[Tensor]:
-        return self.session.search.run()
+        yield from self.session.search.run()
+        self.session.end()
 
     def tensors(self) -> dict[str, Tensor]:
         return self.session.tensors()

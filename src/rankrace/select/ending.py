@@ -7,12 +7,15 @@ the end, so they are measured: the average is taken if it is ahead by more than 
 Shapes: N held-out examples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from rankrace.select.search import Search
+from rankrace.data.encoded import Encoded
 from rankrace.select.statistics import paired_difference
+from rankrace.training.loop import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,28 +38,31 @@ class Ending:
     """By how much the loss of what is delivered is higher than soon after the choice; None: that was not measured."""
 
 
-def end(search: Search, chosen_N: np.ndarray | None) -> Ending:
-    """Measures both, and leaves the better one in the bank.
+def end(
+    trainer: Trainer[Any], examples: Sequence[Encoded], cluster_N: np.ndarray, chosen_N: np.ndarray | None = None
+) -> Ending:
+    """Measures both, and leaves the better one in place.
 
     Args:
-        chosen_N: the loss of what was chosen, soon after the choice.
+        trainer: has one candidate, and took its last step.
+        examples: that chose the rank.
+        chosen_N: their loss soon after the choice.
     """
-    trainer, held = search.trainer, search.held
-
-    def difference(a_N: np.ndarray, b_N: np.ndarray) -> Difference:
-        nats, se = paired_difference(a_N, b_N, held.tokens_N, held.cluster_N)
-        return Difference(nats=nats, se=se)
-
     if trainer.average is None and chosen_N is None:
         return Ending()
-    averaged, gain = False, None
-    (last,) = search.direct()
-    end_N = last.loss_N
+    last = trainer.measure(examples)
+
+    def difference(a_N: np.ndarray, b_N: np.ndarray) -> Difference:
+        nats, se = paired_difference(a_N, b_N, last.tokens_N, cluster_N)
+        return Difference(nats=nats, se=se)
+
+    averaged, gain, (end_N,) = False, None, last.loss_KN
     if trainer.average is not None:
-        (average,) = search.averaged()
-        gain = difference(end_N, average.loss_N)
+        with trainer.averaged():
+            (average_N,) = trainer.measure(examples).loss_KN
+        gain = difference(end_N, average_N)
         averaged = gain.nats > gain.se  # an unknown error says no
         if averaged:
             trainer.take_average()
-            end_N = average.loss_N
+            end_N = average_N
     return Ending(averaged=averaged, gain=gain, rise=None if chosen_N is None else difference(end_N, chosen_N))

@@ -231,9 +231,7 @@ class Search:
         return self.trials(self.ranks, "direct")
 
     def averaged(self) -> list[Trial]:
-        average, bank = self.trainer.average, self.trainer.bank
-        assert average is not None, "nobody wanted averages"
-        with bank.borrowed(bank.candidates.with_tensors(average.mean.views)):
+        with self.trainer.averaged():
             return self.trials(self.ranks, "direct")
 
     def truncated(self, index: int, ranks: Sequence[int]) -> list[Trial]:

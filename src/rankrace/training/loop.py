@@ -12,6 +12,7 @@ Shapes: K candidates, S targets of a packed row, N examples of a set.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -163,6 +164,18 @@ class Trainer(Generic[B]):
     def follow(self) -> None:
         """From now on the average of the values is kept too; new candidates have none."""
         self.average = Average(self.bank.values)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Measures the average for a while, then puts the values back as they were."""
+        assert self.average is not None, "nobody wanted averages"
+        values = self.bank.values.all_KP
+        kept = values.clone()
+        try:
+            values.copy_(self.average.mean.all_KP)
+            yield
+        finally:
+            values.copy_(kept)
 
     def take_average(self) -> None:
         """The values become their average; no step can follow."""
