@@ -13,7 +13,7 @@ from models import tiny
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
 from rankrace.data.pack import Size
-from rankrace.forecast import Memory, besides, remedy
+from rankrace.forecast import Memory, besides, measurements, remedy
 from rankrace.plan import (
     FRESH_SHARE,
     FULL_TOKENS,
@@ -215,6 +215,21 @@ def test_the_time_of_a_race_is_more_than_that_of_its_winner() -> None:
     assert besides(race, plan, 1) == pytest.approx(3 * 0.1)
     assert besides(race, plan, 4) == pytest.approx(3 * 0.1 + 3 * 0.15)
     assert besides(RunConfig(model="m", data="d"), plan, 1) == 0.0
+
+
+def test_how_many_measurements_a_run_takes() -> None:
+    """The base, looks, what was chosen and both ends on 50 examples, the first and the last figures on 60."""
+    plan = LookPlan(fractions=(0.15,), most=1, looked=50, fresh=90)
+    grid = RunConfig(model="m", data="d", strategy="grid", refine=False)
+    plain = grid.model_copy(update={"average": "off"})
+    assert measurements(plain, plan, 5, 60, repeats=False) == 50 * (1 + 5) + 60 * 2
+    assert measurements(plain, plan, 5, 60, repeats=True) == 50 * (1 + 5 + 1 + 1) + 60 * 2
+    assert measurements(grid, plan, 5, 60, repeats=True) == 50 * (1 + 5 + 1 + 2) + 60 * 2
+    shrink = RunConfig(model="m", data="d", refine=False)
+    rates = shrink.model_copy(update={"lr_scales": (0.5, 1.0, 2.0)})
+    twice, thrice = (LookPlan(fractions=(0.2,), most=most, looked=50, fresh=90) for most in (2, 3))
+    before = measurements(shrink, twice, 1, 60, repeats=True)
+    assert measurements(rates, thrice, 3, 60, repeats=True) == before + 50 * 3
 
 
 def test_plan_of_a_classifier_and_of_nothing(minilm: Path, tmp_path: Path) -> None:

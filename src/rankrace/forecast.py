@@ -31,7 +31,7 @@ from rankrace.plan import (
     ranks_measured,
 )
 from rankrace.progress import Progress, peak_bytes
-from rankrace.select.build import make_strategy, penalty_of
+from rankrace.select.build import make_strategy, opens, penalty_of
 from rankrace.select.opening import SHARE
 from rankrace.select.race import HEATS, MOST
 from rankrace.session import ready
@@ -199,17 +199,27 @@ def seconds(config: RunConfig, data: Data, trainer: Trainer[Bank], plan: LookPla
     """From one pass, or one step, by the clock."""
     per_token = seconds_per_token(trainer, K)
     one = per_token * step_tokens(trainer)
-    looks = ranks_measured(config, plan.most)
     half = len(data.validation) // 2
-    looked, fresh = min(plan.looked, half), min(plan.fresh, half)
-    again = int(trainer.total > trainer.per_epoch)  # what was chosen, soon after
-    ends = 2 if config.average == "auto" else again
-    measured = (looks + 1 + again + ends) * looked + 2 * fresh
+    measured = measurements(config, plan, K, half, repeats=trainer.total > trainer.per_epoch)
     return Seconds(
         step=K * one,
         steps=trainer.total * one * (1 + besides(config, plan, K)),
         looks=MEASURING[config.recompute] * per_token * measured * float(data.validation.lengths.mean()),
     )
+
+
+def measurements(config: RunConfig, plan: LookPlan, K: int, half: int, *, repeats: bool) -> int:
+    """How many times an example goes through the model with a candidate, or the base, outside the training.
+
+    Args:
+        half: of the validation examples; as many choose at most, and as many report.
+        repeats: the rows are seen more than once, so what was chosen is measured soon after.
+    """
+    looked, fresh = min(plan.looked, half), min(plan.fresh, half)
+    opening = opens(config)  # a look at the candidates that begin, and at no other rank
+    looks = ranks_measured(config, plan.most - opening) + opening * K
+    ends = 2 if config.average == "auto" else int(repeats)  # the last step and the average
+    return (1 + looks + repeats + ends) * looked + 2 * fresh
 
 
 def besides(config: RunConfig, plan: LookPlan, K: int) -> float:

@@ -199,6 +199,7 @@ def config_of(experiment: Experiment, job: Job, out: Path, device: str) -> RunCo
     # The methods are compared on one engine: nothing is switched on by itself for some of them only, or probed for.
     gpu = device.startswith("cuda")
     engine = {"compile": "off", **({"cuda_graphs": "on", "recompute": "off"} if gpu else {"cuda_graphs": "off"})}
+    options = {name: value for name, value in options.items() if not (name in engine and value == "auto")}
     here = {"model": experiment.weights or experiment.model, "data": job.task, "out": out, "device": device}
     return checked({**engine, **options, **here, "seed": job.seed})
 
