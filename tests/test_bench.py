@@ -441,8 +441,9 @@ def test_all_methods_have_one_engine(tmp_path: Path, bert: Path) -> None:
     gpu, cpu = (config_of(read, JOB, tmp_path, device) for device in ("cuda", "cpu"))
     assert (gpu.compile, gpu.cuda_graphs, gpu.recompute) == ("off", "on", "off")
     assert (cpu.compile, cpu.cuda_graphs) == ("off", "off")
-    auto = read.model_copy(update={"common": {"compile": "auto", "recompute": "auto", "cuda_graphs": "auto"}})
-    assert config_of(auto, JOB, tmp_path, "cuda") == gpu
+    auto = {"compile": "auto", "recompute": "auto", "cuda_graphs": "auto"}
+    left = read.model_copy(update={"common": {**read.common, **auto}})
+    assert config_of(left, JOB, tmp_path, "cuda") == gpu
     chosen = read.model_copy(update={"common": {"cuda_graphs": "off"}})
     assert config_of(chosen, JOB, tmp_path, "cuda").cuda_graphs == "off"
 
