@@ -7,7 +7,7 @@ The same rows, seeds, steps and batches as benchmarks/sweep.py. Choices see its 
 them, as any run does); the end is measured on its fresh ones, to be compared with every arm of the sweep in pairs.
 
 fixed      rank 16 by itself, as people train it: its last step, though its average is measured, too
-shrink     the default; shrink-quality: with --prefer quality
+shrink     the default; shrink-quality: with --prefer quality; shrink-two: with --rule two_se
 shrink-lr  with --lr-scales, at those of the sweep
 race       grid: as the paper has it
 """
@@ -27,6 +27,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fixed": {"strategy": "grid", "ranks": (16,), "refine": False},
     "shrink": {},
     "shrink-quality": {"prefer": "quality"},
+    "shrink-two": {"rule": "two_se"},
     "shrink-lr": {},
     "race": {"strategy": "race"},
     "grid": {"strategy": "grid"},

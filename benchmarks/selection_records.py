@@ -14,7 +14,7 @@ import numpy as np
 ROOT = Path("results/selection")
 GRID = (2, 4, 8, 16, 32)
 """Ranks that `grid` and `race` start with by default."""
-SHRINKS = ("shrink", "shrink-quality", "shrink-lr")
+SHRINKS = ("shrink", "shrink-quality", "shrink-two", "shrink-lr")
 """Arms of benchmarks.adaptive that train one wide candidate and cut it once."""
 
 Way = Literal["alone", "cut", "own"]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Rank = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Quantize = Literal["none", "nf4", "fp8"]
+Rule = Literal["one_se", "two_se", "argmin"]
 
 
 class RunConfig(BaseModel):
@@ -60,8 +61,8 @@ class RunConfig(BaseModel):
     """λ, in nats, of the penalties parameters and bytes."""
     kappa: Annotated[float, Field(ge=0)] = 0.0
     """The share of the whole gain in loss that a doubling of the rank must buy."""
-    rule: Literal["one_se", "argmin"] = "one_se"
-    """one_se: the smallest rank whose objective is within one paired standard error of the best."""
+    rule: Rule = "one_se"
+    """one_se, two_se: the smallest rank whose objective is within one or two paired standard errors of the best."""
     lr_scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=8)] = (1.0,)
     """Learning rates to try first, as multiples of the rank's own (0.5,1,2): one more candidate each for a while."""
     twin: bool = False

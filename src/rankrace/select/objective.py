@@ -10,9 +10,12 @@ from typing import Literal
 
 import numpy as np
 
+from rankrace.config import Rule
 from rankrace.errors import RankraceError
 from rankrace.select.statistics import CLEARLY, paired_difference
 
+ERRORS: dict[Rule, float] = {"argmin": 0.0, "one_se": 1.0, "two_se": 2.0}
+"""Paired standard errors that a smaller rank may be behind."""
 Source = Literal["direct", "truncated"]
 Edge = Literal["low", "high"] | None
 Penalty = Callable[[int, float], float]
@@ -75,13 +78,15 @@ class Verdict:
     pick: int
     """A rank on the curve."""
     best: int
-    """The rank of lowest objective; the pick may be smaller, within one standard error of it."""
+    """The rank of lowest objective; the pick may be smaller, within `errors` of it."""
     gain: float
     """G = L(base) − min_r L(r)."""
     bought: float
     """What rank buys: J(smallest rank) − min_r J(r)."""
     clusters: int
     """Independent groups of held-out examples, from which the standard errors are estimated."""
+    errors: float = 1.0
+    """Standard errors within which the pick may be behind the best."""
     by_heart: bool = False
     """No rank improves on the base model, and the training rows were seen more than once."""
     rank_counts: bool = False
@@ -117,18 +122,19 @@ class Objective:
     """Judges a curve.
 
     Args:
-        rule: "argmin" takes the lowest objective; "one_se" the smallest rank within one paired standard error of
-            it, since what cannot be told apart should not be paid for (argmin where the error is unknown). Ties
-            go to the smaller rank in both, and so does all where rows seen more than once have improved nothing: they
-            are being learnt by heart. In the first pass a training may just be behind its start (docs/log.md).
-        share: with "one_se" a smaller rank is also taken where it loses at most this share of what rank itself buys,
+        rule: "argmin" takes the lowest objective; "one_se" and "two_se" the smallest rank within so many paired
+            standard errors of it, since what cannot be told apart should not be paid for (argmin where the error is
+            unknown). Ties go to the smaller rank in all, and so does everything where rows seen more than once have
+            improved nothing: they are being learnt by heart. In the first pass a training may just be behind its
+            start (docs/log.md).
+        share: with either a smaller rank is also taken where it loses at most this share of what rank itself buys,
             J(smallest) − min J. What rank buys is the unit because the whole gain over the base model is mostly the
             form of the answers, of which every rank gets nearly all. And because cutting off what is not learnt yet
             costs an early curve a little at every rank: many standard errors, but a small share (docs/planted.md).
     """
 
     penalty: Penalty
-    rule: Literal["one_se", "argmin"]
+    rule: Rule
     share: float = 0.0
 
     def judge(self, trials: Sequence[Trial], held: Held, bought: float | None = None) -> Verdict:
@@ -169,8 +175,8 @@ class Objective:
         pick, by_heart = best, gain <= 0 and held.epochs > 1
         if by_heart:
             pick = next(i for i, o in enumerate(objectives) if math.isfinite(o))
-        elif self.rule == "one_se":
-            slack = np.maximum(np.nan_to_num(ses), max(tie, self.share * bought))
+        elif self.rule != "argmin":
+            slack = np.maximum(ERRORS[self.rule] * np.nan_to_num(ses), max(tie, self.share * bought))
             pick = next(i for i, o in enumerate(objectives) if o <= objectives[best] + slack[i])
         smallest, lowest_loss = losses.index(finite[0]), losses.index(min(finite))
         behind, se = paired_difference(
@@ -187,6 +193,7 @@ class Objective:
             gain=gain,
             bought=bought,
             clusters=len(np.unique(held.cluster_N)),
+            errors=ERRORS[self.rule],
             by_heart=by_heart,
             rank_counts=bool(by_heart or behind > CLEARLY * se),
         )

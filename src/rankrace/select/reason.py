@@ -28,9 +28,10 @@ def reason(look: Look, *, share: float, examples: int) -> str:
     elif pick.rank == best.rank:
         what = "loss plus penalty" if any(p.penalty for p in v.points) else "validation loss"
         words = f"rank {pick.rank} has the lowest {what} ({best.objective:.4f} nats)"
-    elif pick.objective - best.objective <= pick.se:
+    elif pick.objective - best.objective <= v.errors * pick.se:
         alike = like_the_pick(v)
-        words = f"rank {pick.rank} is the smallest within one standard error"
+        within = {1.0: "one standard error", 2.0: "two standard errors"}[v.errors]
+        words = f"rank {pick.rank} is the smallest within {within}"
         if alike.rank != pick.rank:
             words = f"ranks {pick.rank} to {alike.rank} cannot be told apart on this validation set, and {pick.rank} "
             words += "is the smallest"
@@ -73,11 +74,12 @@ def is_confident(look: Look) -> bool:
 
 
 def like_the_pick(verdict: Verdict) -> Point:
-    """The largest rank up to which all measured ones from the pick on are within one standard error of the best."""
+    """The largest rank up to which all measured ones from the pick on are within the rule's standard errors of the
+    best."""
     best, like = verdict.at(verdict.best), verdict.at(verdict.pick)
     for point in verdict.alive:
         if point.rank > like.rank:
-            if point.objective - best.objective > point.se:
+            if point.objective - best.objective > verdict.errors * point.se:
                 break
             like = point
     return like
