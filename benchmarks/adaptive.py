@@ -47,7 +47,7 @@ def run(study: Study, arms: tuple[str, ...], only_choice: bool) -> dict[str, Any
         found[name] = chosen(session)
         if not only_choice:
             fresh, told = both_ends(session, study)
-            found[name] |= told if name != "fixed" else told | {"fresh": told["last"]}
+            found[name] |= told | ({"fresh": told.get("last", told["fresh"])} if name == "fixed" else {})
         trainer.bank.detach()
     record = study.record(fresh.tokens_N if fresh is not None else [])
     ends = [found[name]["fresh"]["loss"][0] if "fresh" in found[name] else found[name]["rank"] for name in arms]
@@ -66,11 +66,12 @@ def opened(study: Study, name: str) -> Session:
 
 
 def both_ends(session: Session, study: Study) -> tuple[Measured, dict[str, Any]]:
-    """What is delivered on the fresh examples; and beside it the last step and the average since the choice."""
+    """What is delivered on the fresh examples; where rows came back also the last step and the average."""
     trainer = session.trainer
-    assert trainer.average is not None
-    last, bank = trainer.measure(study.fresh), trainer.bank
-    with bank.borrowed(bank.candidates.with_tensors(trainer.average.mean.views)):
+    last = trainer.measure(study.fresh)
+    if trainer.average is None:
+        return last, {"fresh": ended(last)}
+    with trainer.averaged():
         average = trainer.measure(study.fresh)
     ending = session.end()
     fresh = average if ending.averaged else last

@@ -153,7 +153,8 @@ class Ours:
         total, look = found["run_steps"], found["look"]
         looks, share = len(fractions) + 1, LATER  # the latest that the choice may come
         training = total * (share * found["wide"]["step_ms"] + (1 - share) * found["final"]["step_ms"]) / 1e3
-        ranks = looks * len(look["ladder"]) + refined + 3  # the base, and both ends
+        ranks = looks * len(look["ladder"]) + refined + 1  # the 1: the base
+        ranks += 3 * (self.epochs > 1)  # what was chosen, soon after, and both ends
         looking = looks * look["spectra_s"] + look["example_s"] * (looked * ranks + 2 * fresh)
         # What the first data set compiled, the others find there; each run pays for it all the same.
         self.compile_s = max(self.compile_s, sum(found[part]["compile_s"] for part in ("wide", "look", "final")))

@@ -77,7 +77,7 @@ def together(whole: Found, parts: Found) -> Found:
     """The same run of its parts, in seconds."""
     (_, wide), *rest = whole["entries"]
     look = parts["look"]
-    measured = sum(len(ranks) for _, ranks in whole["looks"]) + 3  # the base, and both ends
+    measured = sum(len(ranks) for _, ranks in whole["looks"]) + 1  # the 1: the base
     found = {
         "steps_s": (wide * parts["wide"]["step_ms"] + sum(n for _, n in rest) * parts["final"]["step_ms"]) / 1e3,
         "looking_s": len(whole["looks"]) * look["spectra_s"]

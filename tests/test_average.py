@@ -17,6 +17,7 @@ from models import tiny
 from rankrace.bank import Bank
 from rankrace.bank.flat import Flat
 from rankrace.select.ending import Difference, Ending, end
+from rankrace.select.grid import Grid
 from rankrace.select.objective import Held, Objective, log2_penalty
 from rankrace.select.opening import Opening
 from rankrace.select.race import Race
@@ -165,6 +166,41 @@ def test_within_the_error_the_last_step_stays(search: Search) -> None:
     ending = end(search.trainer, search.examples, search.held.cluster_N)
     assert ending == Ending(averaged=False, gain=Difference(nats=0.0, se=0.0))
     assert torch.equal(search.trainer.bank.values.all_KP, last)
+
+
+@pytest.mark.parametrize(("look_at", "kept"), [(19, True), (20, False)])
+def test_a_choice_at_the_last_step_leaves_nothing_to_average(look_at: int, kept: bool, search: Search) -> None:
+    grid = Grid(ranks=(2, 4), look_step=look_at, refine=False, objective=search.strategy.objective)  # type: ignore[attr-defined]
+    search.strategy, search.follow = grid, True
+    search.start()
+    list(search.run())
+    assert search.trainer.step == 20
+    assert (search.trainer.average is not None) == kept
+    ending = end(search.trainer, search.examples, search.held.cluster_N)
+    assert (ending.gain is not None) == kept
+
+
+def test_what_was_averaged_is_not_averaged_again(search: Search) -> None:
+    """A checkpoint of an end that was taken has no average, whatever the trainer had before."""
+    search.follow = True
+    list(search.run())
+    trainer = search.trainer
+    trainer.take_average()
+    tensors, state = trainer.tensors(), trainer.state()
+    trainer.follow()
+    trainer.restore(tensors, state)
+    assert trainer.average is None
+
+
+def test_values_and_average_change_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankrace.training.average.AT_ONCE", 7)
+    values = flat()
+    average = Average(values)
+    walk(average, values, 3)
+    before, mean = values.all_KP.clone(), average.mean.all_KP.clone()
+    average.swap()
+    assert torch.equal(values.all_KP, mean)
+    assert torch.equal(average.mean.all_KP, before)
 
 
 def test_without_an_average_or_a_mark_nothing_is_measured(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 from transformers import LlamaForCausalLM
 
 from commandline import Ran, assert_refused, rankrace
 from rankrace import output, result, run
 from rankrace.data import hub
+from rankrace.errors import RankraceError
+from rankrace.options import checked
 from rankrace.result import Result
 from rankrace.training import checkpoint
 from tinyfolder import PARITIES, SHORT, SMALLEST_LAYER, SUMS, tiny_bert, tiny_llama, write_rows
@@ -596,3 +599,13 @@ def test_merging_what_is_no_adapter(
     change(adapter)
     ran = rankrace("merge", adapter, "--out", tmp_path / "merged")
     assert_refused(ran, f"{adapter} is not an adapter", *words, within=tmp_path, left=["adapter"])
+
+
+def test_off_in_yaml_is_no_boolean(tmp_path: Path) -> None:
+    """To YAML 1.1 it is false. Where an option does not take the words a boolean is none of its values."""
+    file = tmp_path / "options.yaml"
+    file.write_text("{model: m, data: d, average: off, compile: on, twin: on}")
+    config = checked(yaml.safe_load(file.read_text()))
+    assert (config.average, config.compile, config.twin) == ("off", "on", True)
+    with pytest.raises(RankraceError, match="--schedule False"):
+        checked({"model": "m", "data": "d", "schedule": False})

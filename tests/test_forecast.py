@@ -218,12 +218,14 @@ def test_the_time_of_a_race_is_more_than_that_of_its_winner() -> None:
 
 
 def test_how_many_measurements_a_run_takes() -> None:
-    """The base, looks, what was chosen and both ends on 50 examples, the first and the last figures on 60."""
+    """The base, looks, and where rows come back what was chosen and both ends, on 50 examples; the first and the last
+    figures on 60."""
     plan = LookPlan(fractions=(0.15,), most=1, looked=50, fresh=90)
     grid = RunConfig(model="m", data="d", strategy="grid", refine=False)
     plain = grid.model_copy(update={"average": "off"})
     assert measurements(plain, plan, 5, 60, repeats=False) == 50 * (1 + 5) + 60 * 2
     assert measurements(plain, plan, 5, 60, repeats=True) == 50 * (1 + 5 + 1 + 1) + 60 * 2
+    assert measurements(grid, plan, 5, 60, repeats=False) == 50 * (1 + 5) + 60 * 2
     assert measurements(grid, plan, 5, 60, repeats=True) == 50 * (1 + 5 + 1 + 2) + 60 * 2
     shrink = RunConfig(model="m", data="d", refine=False)
     rates = shrink.model_copy(update={"lr_scales": (0.5, 1.0, 2.0)})

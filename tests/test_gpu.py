@@ -186,6 +186,28 @@ def test_graphs_are_eager_over_several_steps() -> None:
     assert (trained(prepared(0.0), graphs)[0] - replayed).abs().max() > 0.005, "dropout has no effect"
 
 
+def test_the_average_beside_graphs() -> None:
+    """It goes in and out by the tensors that graphs read; replays go on as before."""
+    model = prepared()
+    for graphs in (False, True):
+        trainer = Trainer(model, ROWS, replace(RECIPE, graphs=graphs))
+        trainer.start(model.bank.candidates, [2e-3] * 3)
+        trainer.follow()
+        list(trainer.run(8))
+        assert trainer.average is not None
+        values, mean = trainer.bank.values.all_KP.clone(), trainer.average.mean.all_KP.clone()
+        last = trainer.measure(ROWS).mean_K
+        with trainer.averaged():
+            found = trainer.measure(ROWS).mean_K
+        assert torch.equal(trainer.bank.values.all_KP, values)
+        assert (trainer.measure(ROWS).mean_K == last).all()
+        list(trainer.run(9))
+        assert not torch.equal(trainer.bank.values.all_KP, values)
+        model.bank.values.all_KP.copy_(mean)
+        assert (trainer.measure(ROWS).mean_K == found).all()
+        assert (found != last).all()
+
+
 def test_graphs_take_the_memory_of_one_pass() -> None:
     """What is reserved for a training, as graphs and eagerly: what a pass keeps lies there once, not twice."""
     model = prepared()

@@ -71,8 +71,9 @@ def test_each_layer_is_cut_to_its_own_rank() -> None:
         update = 2.0 * wide.factors[name][1][1] @ wide.factors[name][0][1]
         S = torch.linalg.svdvals(update)
         torch.testing.assert_close(torch.linalg.norm(update - 3.0 * B[1] @ A[1]), S[r:].norm(), rtol=0, atol=1e-12)
-        assert torch.equal(A[0, :8], plain.factors[name][0][0])
-        assert torch.equal(B[0, :, :8], plain.factors[name][1][0])
+        # Not bit for bit: it is cut out of a wider product.
+        torch.testing.assert_close(A[0, :8], plain.factors[name][0][0], rtol=0, atol=1e-14)
+        torch.testing.assert_close(B[0, :, :8], plain.factors[name][1][0], rtol=0, atol=1e-14)
     for name, found in cut.spectra(1).items():
         torch.testing.assert_close(found.S_R, wide.spectra(1)[name].S_R[: mine[name]], rtol=0, atol=1e-12)
 

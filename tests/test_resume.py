@@ -50,7 +50,11 @@ STRATEGIES = {
     "race": ["--strategy", "race", "--lr-scales", "0.5,1,2", "--twin"],
     # One example to look at: no rank can be told from another.
     "waits": ["--strategy", "shrink", "--validation-fraction", "0.015"],
-}
+    # At a constant high rate: the average is better than the last step, and delivered.
+    "wanders": ["--strategy", "grid", "--no-refine", "--ranks", "4", "--search-fraction", "0.3",
+                "--validation-fraction", "0.6", "--schedule", "constant", "--config", "high.yaml",
+                "--seed", "3"],
+}  # fmt: skip
 LIMIT_S = 180
 
 
@@ -170,6 +174,7 @@ def runs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     sums = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}"} for a in range(8) for b in range(8)]
     data.write_text("\n".join(map(json.dumps, sums)), encoding="utf-8")
     (folder / "diverging.yaml").write_text("rank_lr: {2: 1e30}\n", encoding="utf-8")
+    (folder / "high.yaml").write_text("rank_lr: {4: 0.03}\n", encoding="utf-8")
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rankrace.cli", "rankrace.run", "transformers.models.llama.modeling_llama"])
@@ -246,6 +251,7 @@ def test_killed_again_and_again(
 ) -> None:
     expected = undisturbed(strategy)
     decided = result_of(expected)["decision"]["step"]
+    assert result_of(expected)["ending"]["averaged"] or strategy != "wanders"
     out, rng = tmp_path / "out", np.random.default_rng(7)
     arguments = [*runs.arguments(strategy, out), "--resume"]
     # The first one dies inside the search: before the decision.

@@ -66,12 +66,13 @@ def test_getting_ready_is_no_evaluation(given: dict[str, Any], tmp_path: Path, s
     assert time.total_s > LATE_S
 
 
-def test_evaluation_is_the_base_and_the_end_twice_and_the_choice(
+def test_evaluation_is_the_base_the_choice_and_its_ends(
     given: dict[str, Any], tmp_path: Path, seconds: Seconds
 ) -> None:
+    """The base on both sets; what was chosen, the last step and the average on one; the delivered on the other."""
     seconds.slow(Trainer, "measure")
     time = spent(given, tmp_path / "out")
-    assert time.evaluation_s == pytest.approx(5 * LATE_S)
+    assert time.evaluation_s == pytest.approx(6 * LATE_S)
     assert time.search_s >= LATE_S, "looks measure too"
 
 

@@ -91,8 +91,9 @@ def search(
         train: rows in any of the known shapes, such as {"prompt": …, "completion": …}.
         validation: held-out rows; without them a part of `train` is held out.
         price: what a rank costs, in nats of validation loss, in place of the options' penalty.
-        options: any field of RunConfig but those of files (data, out, resume, save_every, track) and of loading the
-            model (device, dtype, quantize); layers that are in 4 bits already are trained as they are.
+        options: any field of RunConfig but those of files (data, out, resume, save_every, track), of loading the
+            model (device, dtype, quantize) and of a run's end (average); layers that are in 4 bits already are
+            trained as they are.
 
     Returns:
         The rank, why, the curve it was read off, and a ready LoraConfig.

@@ -183,7 +183,7 @@ def refuse_of_a_run(given: dict[str, Any]) -> None:
     if idle:
         raise RankraceError(
             f"`rankrace search` has no use for --{idle[0].replace('_', '-')}",
-            why="it prints its choice, and neither writes a file nor keeps anything to go on from",
+            why="it prints its choice, and neither trains on from it nor writes or keeps anything",
             fix="leave it out, or redirect the output: rankrace search … > choice.txt; `rankrace train` writes a run",
         )
 

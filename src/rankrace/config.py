@@ -107,8 +107,9 @@ class RunConfig(BaseModel):
     """AdamW's decoupled weight decay."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm limit of each candidate by itself."""
-    average: Literal["auto", "off"] = "auto"
-    """auto: deliver the average of the values since the choice in place of the last ones, if it is clearly better."""
+    average: Literal["on", "off"] = "on"
+    """on: where rows are seen more than once, deliver the average of the values since the choice in place of the last
+    ones if it is better on held-out examples, by more than one paired standard error."""
 
     # --- running
     seed: Annotated[int, Field(ge=0)] = 0

@@ -218,8 +218,8 @@ def measurements(config: RunConfig, plan: LookPlan, K: int, half: int, *, repeat
     looked, fresh = min(plan.looked, half), min(plan.fresh, half)
     opening = opens(config)  # a look at the candidates that begin, and at no other rank
     looks = ranks_measured(config, plan.most - opening) + opening * K
-    ends = 2 if config.average == "auto" else int(repeats)  # the last step and the average
-    return (1 + looks + repeats + ends) * looked + 2 * fresh
+    ends = 2 if config.average == "on" else 1  # the last step and the average
+    return (1 + looks + repeats * (1 + ends)) * looked + 2 * fresh
 
 
 def besides(config: RunConfig, plan: LookPlan, K: int) -> float:

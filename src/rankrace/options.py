@@ -1,7 +1,7 @@
 """Plain values, from the command line, from YAML or from Python, to a RunConfig."""
 
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -31,6 +31,7 @@ def checked(values: dict[str, Any]) -> RunConfig:
             why="as a path that would be the present folder; a shell variable that is not set looks like this",
             fix="give it a value, or leave it out",
         )
+    values = {key: on_or_off(value) if switch(key) else value for key, value in values.items()}
     try:
         config = RunConfig(**values)
     except ValidationError as error:
@@ -44,6 +45,16 @@ def checked(values: dict[str, Any]) -> RunConfig:
         ) from error
     refuse_idle(config)
     return config
+
+
+def on_or_off(value: Any) -> Any:
+    """To YAML these words are true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def switch(name: str) -> bool:
+    """Whether they are among the words that an option takes."""
+    return {"on", "off"} <= set(get_args(RunConfig.model_fields[name].annotation))
 
 
 def refuse_idle(config: RunConfig) -> None:

@@ -205,7 +205,7 @@ def starting(config: RunConfig, bank: Bank) -> tuple[int, int]:
 def flats_of(config: RunConfig) -> int:
     """Numbers kept for each trainable value: itself, its gradient and two moments, and while learning rates are
     compared its average. That of the winner takes more than the start did only where it began alone, at its rank."""
-    alone = config.strategy == "grid" and len(set(config.ranks)) == 1 and config.average == "auto"
+    alone = config.strategy == "grid" and len(set(config.ranks)) == 1 and config.average == "on"
     return 5 if opens(config) or alone else 4
 
 

@@ -110,7 +110,8 @@ class Decision(_Record):
     gain: Measured = None
     """By how much the best rank's loss was below the base's then, on the examples that chose, nats."""
     rise: Measured = None
-    """By how much the loss on these examples is higher at the end, nats; null where rows were seen once only."""
+    """By how much the loss on these examples is higher at the end, of what is delivered, nats; null where rows were
+    seen once only."""
     rise_se: Measured = None
     """Its paired standard error."""
 
@@ -121,7 +122,8 @@ class Ending(_Record):
     averaged: bool = False
     """The average."""
     gain: Measured = None
-    """By how much the average's loss was lower, on the examples that chose, nats; null if none was kept."""
+    """By how much the average's loss was lower, on the examples that chose, nats; null where none was kept, as in a
+    single pass."""
     gain_se: Measured = None
     """Its paired standard error."""
 

@@ -177,7 +177,7 @@ def prepare(
         )
 
     slow = config.quantize == "fp8" and bank.device.type == "cpu"
-    search = Search(trainer, strategy, looked, held, setting, follow=config.average == "auto")
+    search = Search(trainer, strategy, looked, held, setting, follow=averages(config, trainer))
     search.start()
     return Session(
         config=config,
@@ -189,6 +189,11 @@ def prepare(
         base_seconds=base_seconds,
         notes=notes + QUANTIZED[config.quantize] + (FP8_ON_A_HOST if slow else []),
     )
+
+
+def averages(config: RunConfig, trainer: Trainer[Any]) -> bool:
+    """Whether the average of the winner's values may be its end: in a single pass the last step is as good."""
+    return config.average == "on" and trainer.total > trainer.per_epoch
 
 
 def recipe_of(config: RunConfig, micro_tokens: int) -> Recipe:

@@ -12,6 +12,7 @@ import numpy as np
 from rankrace.bench.paired import difference
 from rankrace.bench.record import Record
 from rankrace.methods import METHODS
+from rankrace.methods.method import AVERAGE
 from rankrace.methods.rankrace import Rankrace
 from rankrace.tasks import TASKS
 
@@ -49,18 +50,22 @@ def shared(runs: Sequence[Record], strategy: str, reference: str) -> dict[str, t
 
 def quality(runs: Sequence[Record], strategy: str) -> str:
     """On how many tasks it is at most one paired standard error behind, of those where the error is known."""
-    found = {task: difference(*both) for task, both in shared(runs, strategy, QUALITY_OF).items()}
+    reference = peer(strategy)
+    found = {task: difference(*both) for task, both in shared(runs, strategy, reference).items()}
     known = {task: d for task, d in found.items() if d.known}
     unknown = ", ".join(task for task in found if task not in known)
     if not known:
-        return f"not to be compared with {QUALITY_OF} on {unknown}, no error is known" if unknown else ""
+        return f"not to be compared with {reference} on {unknown}, no error is known" if unknown else ""
     behind = [f"{task} {d.mean:+.1f} ± {d.se:.1f}{of_the_set(runs, strategy, task)}"
               for task, d in known.items() if d.mean < -d.se]  # fmt: skip
-    text = (
-        f"at most one paired standard error behind {QUALITY_OF} on {len(known) - len(behind)} of {len(known)} tasks"
-    )
+    text = f"at most one paired standard error behind {reference} on {len(known) - len(behind)} of {len(known)} tasks"
     more = [f"behind: {', '.join(behind)}"] * bool(behind) + [f"no error is known: {unknown}"] * bool(unknown)
     return text + (f" ({'; '.join(more)})" if more else "")
+
+
+def peer(strategy: str) -> str:
+    """What its quality is held against: an average with an average."""
+    return QUALITY_OF + (AVERAGE if strategy.endswith(AVERAGE) else "")
 
 
 def of_the_set(runs: Sequence[Record], strategy: str, task: str) -> str:
@@ -69,7 +74,7 @@ def of_the_set(runs: Sequence[Record], strategy: str, task: str) -> str:
     metric = TASKS[task].metrics[0]
     if metric not in TASKS[task].of_the_set:
         return ""
-    both = shared(runs, strategy, QUALITY_OF)[task]
+    both = shared(runs, strategy, peer(strategy))[task]
     mine, theirs = (float(np.mean([run["metrics"][metric] for run in some])) for some in both)
     return f" right rows, {mine - theirs:+.1f} {metric}"
 

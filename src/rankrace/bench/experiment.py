@@ -30,7 +30,7 @@ from rankrace.options import checked
 from rankrace.tasks import find_task
 
 SET_HERE = {"model", "data", "out", "task", "validation", "strategy", "lr", "rank_lr", "seed", "device", "resume",
-            "quantize"}  # fmt: skip
+            "quantize", "average"}  # fmt: skip
 """Options that the experiment itself decides."""
 Positive = Annotated[float, Field(gt=0)]
 

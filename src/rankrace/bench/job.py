@@ -109,7 +109,7 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
     validation = running.trainer.measure(data.validation.examples)
     found = running.described()
     result: Record = {
-        "config": {**config.model_dump(mode="json", exclude={"out"}), "model": experiment.model},
+        "config": {**config.model_dump(mode="json", exclude={"out", "average"}), "model": experiment.model},
         "validation_loss": float(validation.mean_K[0]),
         "metrics": {},
         "rows": [],

@@ -17,6 +17,7 @@ from rankrace.bench.record import Record
 from rankrace.bench.store import outdated
 from rankrace.errors import RankraceError
 from rankrace.methods import METHODS
+from rankrace.methods.method import AVERAGE
 from rankrace.tasks import TASKS
 from rankrace.tasks.glue import GLUE, glue_score
 
@@ -296,6 +297,8 @@ def notes_of(
     sizes = {r["task"]: len(r["rows"]) for r in runs}
     seeds = sorted({seed for row in rows for cell in row.cells.values() for seed in cell.seeds})
     most_slots = max(r["slots"] for r in runs)
+    averaging = any(r["method"].endswith(AVERAGE) for r in runs)
+    ends = f"; those named {AVERAGE} may end with the average of their values, as validation rows have it" * averaging
     notes = [
         f"Experiment: {', '.join(names)} (`rankrace bench run experiments/{names[0]}.yaml`).",
         f"Seeds {', '.join(map(str, seeds))}; ± is half the 95% t interval of the mean over seeds, and says nothing "
@@ -309,7 +312,7 @@ def notes_of(
         + ". They chose nothing.",
         "Trained on: " + "; ".join(trained_on(runs, task) for task in sizes) + ".",
         "Time: wall clock of preparing and training, the search within it; tuning the learning rate apart. No method "
-        f"stops early. Times are sums over {', '.join(timed) or 'no task'}, parameters means over "
+        f"stops early{ends}. Times are sums over {', '.join(timed) or 'no task'}, parameters means over "
         f"{', '.join(common) or 'no task'}.",
         f"Device: {', '.join(devices)}. Commit: {', '.join(commits)} (+: with local changes). "
         f"Versions: {'; '.join(versions)}.",

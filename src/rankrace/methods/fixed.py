@@ -14,7 +14,7 @@ from rankrace.methods.method import Described
 from rankrace.methods.parameters import Parameters
 from rankrace.plan import default_micro_tokens
 from rankrace.select.ending import end
-from rankrace.session import recipe_of
+from rankrace.session import averages, recipe_of
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel
 from rankrace.training.optimizer import Optimizer
@@ -26,7 +26,8 @@ class Fixed:
     rank: of a LoRA adapter.
     optimizer: what to make of the loop's own one.
     delivered: how many of the trained values are needed to use the model; None: all.
-    average: the end may be the average of the values, chosen on the validation examples.
+    average: the end may be the average of the values, chosen on all validation examples (a strategy of rankrace's:
+        on those that chose its rank).
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Fixed:
         self.trainer.begin([config.lr])
         self.trainer.optimizer = optimizer(self.trainer.optimizer, self.trainer)
         self.rank, self.delivered, self.validation = rank, delivered, data.validation.examples
-        if average:
+        if average and averages(config.model_copy(update={"average": "on"}), self.trainer):
             self.trainer.follow()
 
     def run(self) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ class Rankrace(Anywhere):
 
     def __init__(self, strategy: str, *, average: bool = False) -> None:
         self.name = strategy + (AVERAGE if average else "")
-        self.options = {"strategy": strategy, "average": "auto" if average else "off"}
+        self.options = {"strategy": strategy, "average": "on" if average else "off"}
 
     def default_lr(self, width: int, config: RunConfig) -> float:
         return default_lr(width, config.scaling)

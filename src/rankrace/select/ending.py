@@ -2,7 +2,8 @@
 
 Where rows come back the last epochs learn them by heart, and the average, which remembers less of them, has the lower
 validation loss; in a single pass the last step is the better one, by a little (docs/selection.md). Both are there at
-the end, so they are measured: the average is taken if it is ahead by more than one paired standard error.
+the end, so they are measured: the average is taken if it is ahead by more than one paired standard error. (In a
+single pass none is kept.)
 
 Shapes: N held-out examples.
 """
@@ -48,6 +49,7 @@ def end(
         examples: that chose the rank.
         chosen_N: their loss soon after the choice.
     """
+    assert trainer.average is None or trainer.average.steps > 0
     if trainer.average is None and chosen_N is None:
         return Ending()
     last = trainer.measure(examples)

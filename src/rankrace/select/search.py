@@ -72,7 +72,7 @@ class Search:
     """Args:
     examples: the held-out examples on which candidates are compared.
     setting: rank → multiplier and learning rate.
-    follow: keep the average of the winner's values, from the choice on.
+    follow: keep the average of the winner's values, from the choice on, if there are steps after it.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Search:
                 self.state.entries += [Entry(rank=r, began=step, lr_scale=self.lr_scale(r)) for r in ranks]
         if len(self.ranks) == 1:
             self.trainer.average = None
-        if look.final and self.follow:
+        if look.final and self.follow and self.trainer.step < self.trainer.total:
             self.trainer.follow()
 
     def spectra(self, index: int) -> dict[str, Spectrum]:

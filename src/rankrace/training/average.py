@@ -16,6 +16,7 @@ import torch
 from rankrace.bank.flat import Flat
 
 LATENESS = 3
+AT_ONCE = 2**22
 
 
 class Average:
@@ -37,6 +38,16 @@ class Average:
         """Takes in the present values, after a step."""
         self.steps += 1
         self.mean.all_KP.lerp_(self.values.all_KP, (LATENESS + 1) / (self.steps + LATENESS))
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """The values and their average change places, some at a time: there is no third of them in between."""
+        for values, mean in zip(
+            self.values.all_KP.split(AT_ONCE, 1), self.mean.all_KP.split(AT_ONCE, 1), strict=True
+        ):
+            kept = values.clone()
+            values.copy_(mean)
+            mean.copy_(kept)
 
     def keep(self, values: Flat, indices: Sequence[int]) -> "Average":
         """That of the candidates that stay, whose (re-padded) values are given."""

@@ -169,13 +169,11 @@ class Trainer(Generic[B]):
     def averaged(self) -> Iterator[None]:
         """Measures the average for a while, then puts the values back as they were."""
         assert self.average is not None, "nobody wanted averages"
-        values = self.bank.values.all_KP
-        kept = values.clone()
+        self.average.swap()
         try:
-            values.copy_(self.average.mean.all_KP)
             yield
         finally:
-            values.copy_(kept)
+            self.average.swap()
 
     def take_average(self) -> None:
         """The values become their average; no step can follow."""
@@ -361,6 +359,8 @@ class Trainer(Generic[B]):
             assert self.average is not None
             self.average.steps = state["averaged"]
             self.average.mean.all_KP.copy_(tensors["average"])
+        else:
+            self.average = None
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         earlier = state.get("notes", [])
         self.notes = [*earlier, *(note for note in self.notes if note not in earlier)]
