@@ -288,7 +288,7 @@ def test_the_average_of_values_that_wander_is_delivered(model: Path, tmp_path: P
     assert average.ending.gain > average.ending.gain_se > 0
     assert last.ending == Ending()
     assert average.loss.final < last.loss.final - average.ending.gain / 2
-    words = f"the average of the values since the choice (more of the later ones), {average.ending.gain:.4f} ± "
+    words = f"the average of the weights since the choice (later steps count more), {average.ending.gain:.4f} ± "
     assert f"delivered   {words}" in told.out
     assert "delivered " not in plain.out
 

@@ -90,8 +90,8 @@ def delivered(result: Result) -> str | None:
     if not ending.averaged:
         return None
     return (
-        "the average of the values since the choice (more of the later ones), "
-        f"{loss(ending.gain)} ± {loss(ending.gain_se)} nats lower than the last step's on the examples that chose"
+        "the average of the weights since the choice (later steps count more), "
+        f"{loss(ending.gain)} ± {loss(ending.gain_se)} nats below the last step's on the examples that chose the rank"
     )
 
 

@@ -37,7 +37,10 @@ class Grid:
         pick, source = verdict.pick, holder(bench.ranks, verdict.pick)
         # A candidate that was picked goes on undisturbed; a rank between two is cut from the larger.
         trained = verdict.at(pick).source == "direct"
-        reason = f"ranks {', '.join(map(str, bench.ranks))} were compared side by side"
+        listed = ", ".join(map(str, bench.ranks))
+        reason = (
+            f"ranks {listed} were compared side by side" if len(bench.ranks) > 1 else f"{listed} was the only rank"
+        )
         if not trained:
             reason += f", and {pick} was cut from {bench.ranks[source]}"
         return Look(
