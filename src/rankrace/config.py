@@ -108,8 +108,8 @@ class RunConfig(BaseModel):
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm limit of each candidate by itself."""
     average: Literal["on", "off"] = "on"
-    """on: where rows are seen more than once, deliver the average of the weights since the choice, not the last step's,
-    if it is better on held-out examples by more than one paired standard error."""
+    """on: where rows are seen more than once, deliver the average of the weights since the choice instead of the last
+    step's, if held-out examples say so by more than one paired standard error."""
 
     # --- running
     seed: Annotated[int, Field(ge=0)] = 0
