@@ -200,7 +200,7 @@ def seconds(config: RunConfig, data: Data, trainer: Trainer[Bank], plan: LookPla
     per_token = seconds_per_token(trainer, K)
     one = per_token * step_tokens(trainer)
     half = len(data.validation) // 2
-    measured = measurements(config, plan, K, half, repeats=trainer.total > trainer.per_epoch)
+    measured = measurements(config, plan, K, half, repeats=trainer.repeats)
     return Seconds(
         step=K * one,
         steps=trainer.total * one * (1 + besides(config, plan, K)),

@@ -68,8 +68,7 @@ class Session:
 
     def mark_choice(self) -> None:
         """For the ending's `rise`. In a single pass over the rows nothing is learnt by heart: nothing is measured."""
-        t = self.trainer
-        if t.total > t.per_epoch and t.step < t.total:
+        if self.trainer.repeats and self.trainer.step < self.trainer.total:
             self.chosen_N = self.trainer.measure(self.search.examples).loss_KN[0].tolist()
 
     def end(self) -> Ending:
@@ -177,7 +176,7 @@ def prepare(
         )
 
     slow = config.quantize == "fp8" and bank.device.type == "cpu"
-    search = Search(trainer, strategy, looked, held, setting, follow=averages(config, trainer))
+    search = Search(trainer, strategy, looked, held, setting, follow=config.average == "on" and trainer.repeats)
     search.start()
     return Session(
         config=config,
@@ -189,11 +188,6 @@ def prepare(
         base_seconds=base_seconds,
         notes=notes + QUANTIZED[config.quantize] + (FP8_ON_A_HOST if slow else []),
     )
-
-
-def averages(config: RunConfig, trainer: Trainer[Any]) -> bool:
-    """Whether the average of the winner's values may be its end: in a single pass the last step is as good."""
-    return config.average == "on" and trainer.total > trainer.per_epoch
 
 
 def recipe_of(config: RunConfig, micro_tokens: int) -> Recipe:

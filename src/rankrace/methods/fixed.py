@@ -14,7 +14,7 @@ from rankrace.methods.method import Described
 from rankrace.methods.parameters import Parameters
 from rankrace.plan import default_micro_tokens
 from rankrace.select.ending import end
-from rankrace.session import averages, recipe_of
+from rankrace.session import recipe_of
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel
 from rankrace.training.optimizer import Optimizer
@@ -52,7 +52,7 @@ class Fixed:
         self.trainer.begin([config.lr])
         self.trainer.optimizer = optimizer(self.trainer.optimizer, self.trainer)
         self.rank, self.delivered, self.validation = rank, delivered, data.validation.examples
-        if average and averages(config.model_copy(update={"average": "on"}), self.trainer):
+        if average and self.trainer.repeats:
             self.trainer.follow()
 
     def run(self) -> Iterator[Tensor]:

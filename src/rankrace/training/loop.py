@@ -151,6 +151,11 @@ class Trainer(Generic[B]):
             sizes = size_buckets(seen, graph_sizes(len(seen) * self.total / steps))
             self.passes = Graphs(model, sizes, lambda tokens: self.groups(tokens, len(self.lr_K)))
 
+    @property
+    def repeats(self) -> bool:
+        """Whether rows are seen more than once."""
+        return self.total > self.per_epoch
+
     # --- which candidates train
 
     def begin(self, lr_K: Sequence[float]) -> None:
