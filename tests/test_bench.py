@@ -102,6 +102,7 @@ def test_a_grid_runs_fills_what_is_missing_and_becomes_a_table(tmp_path: Path, b
         assert final["validation_loss"] == best["validation_loss"], "the run for the table is the tuned one"
         assert final["time"]["steps_s"] == best["time"]["steps_s"], "it was not trained twice"
         assert len(final["rows"]) == 8
+        assert 0 <= final["data"]["test_truncated"] <= 8
         assert set(final["versions"]) >= {"torch", "transformers", "peft", "python"}
         assert len(final["data"]["sha256"]) == 64
         assert final["data"]["sha256"] == tuned[0]["data"]["sha256"]
@@ -954,6 +955,22 @@ def test_the_notes_say_what_costs_mean() -> None:
     assert "Trained on: rte 50 rows (by hand)." in notes
     of_two = table_of([made("full", 0, RIGHT, documents=[0, 1] * 50), made("lora-r8", 0, RIGHT)])
     assert any(note.startswith("Test rows: rte 100 in 2 documents.") for note in of_two.notes)
+    long = {"data": {"train_examples": 50, "how": "by hand", "test_sha256": "t", "test_truncated": 7}}
+    averaged = table_of([made("full", 0, RIGHT), made("lora-r16-average", 0, RIGHT, **long)])
+    assert any(note.startswith("Test rows: rte 100, 7 of them cut to fit.") for note in averaged.notes)
+    assert any("stops early; those named -average may end with the average" in note for note in averaged.notes)
+    assert "named -average" not in notes
+
+
+def test_an_average_is_held_against_an_average() -> None:
+    """Else what it gains would be the choice's."""
+    right = {"lora-r16": 90, "lora-r16-average": 95, "shrink": 90, "shrink-average": 95}
+    runs = [made(name, 0, [1.0] * n + [0.0] * (100 - n)) for name, n in right.items()]
+    assert [claim.partition(";")[0] for claim in table_of(runs).claims] == [
+        "shrink: at most one paired standard error behind lora-r16 on 1 of 1 tasks",
+        "shrink-average: at most one paired standard error behind lora-r16-average on 1 of 1 tasks",
+    ]
+    assert "behind lora" not in "".join(table_of(runs[:1] + runs[3:]).claims)
 
 
 def test_a_run_at_a_rate_that_is_no_more_the_best_does_not_count() -> None:

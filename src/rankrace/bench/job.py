@@ -17,7 +17,7 @@ from rankrace.bench.rows import commonest, read, sha256, test_rows
 from rankrace.data.hub import reach_hub
 from rankrace.device import wait_for
 from rankrace.errors import RankraceError
-from rankrace.evaluate.predict import predict
+from rankrace.evaluate.predict import predict, task_examples
 from rankrace.interrupt import Interrupts
 from rankrace.methods import Running, find_method
 from rankrace.progress import peak_bytes
@@ -152,6 +152,8 @@ def measured(experiment: Experiment, job: Job, folder: Path, device: str, save_s
         written = predict(running.trainer, given.encoder, given.tokenizer, task, rows, generated=True)
         result["metrics"] |= {f"generated_{n}": value for n, value in task.score(written, rows).items()}
     result["data"]["test_sha256"] = sha256(rows)
+    encoded = given.encoder.encode_batch(task_examples(task, rows, kind))
+    result["data"]["test_truncated"] = sum(e.truncated for e in encoded)
     scores = next(iter(task.row_scores(predictions, rows).values()))
     result["rows"], result["documents"] = [round(score / 100, 4) for score in scores], documents(rows)
     result["samples"] = predictions[:5]

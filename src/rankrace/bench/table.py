@@ -278,6 +278,12 @@ def of_documents(runs: list[Record], task: str) -> str:
     return f" in {len(set(found))} documents" if len(set(found)) < len(found) else ""
 
 
+def cut(runs: list[Record], task: str) -> str:
+    """How many test rows did not fit; records before 27 November do not say."""
+    most = max(r["data"].get("test_truncated", 0) for r in runs if r["task"] == task)
+    return f", {most:,} of them cut to fit" if most else ""
+
+
 def trained_on(runs: list[Record], task: str) -> str:
     """How many rows, and which."""
     some = [r["data"] for r in runs if r["task"] == task]
@@ -297,6 +303,7 @@ def notes_of(
     sizes = {r["task"]: len(r["rows"]) for r in runs}
     seeds = sorted({seed for row in rows for cell in row.cells.values() for seed in cell.seeds})
     most_slots = max(r["slots"] for r in runs)
+    tested = ", ".join(f"{task} {n:,}{of_documents(runs, task)}{cut(runs, task)}" for task, n in sizes.items())
     averaging = any(r["method"].endswith(AVERAGE) for r in runs)
     ends = f"; those named {AVERAGE} may end with the average of their values, as validation rows have it" * averaging
     notes = [
@@ -308,8 +315,7 @@ def notes_of(
         "and Matthews' correlation the share of right rows"
         + ("; for STS-B closeness, 100 where the number is right and 0 where it is 5 off" if "stsb" in sizes else "")
         + ").",
-        "Test rows: " + ", ".join(f"{task} {count:,}{of_documents(runs, task)}" for task, count in sizes.items())
-        + ". They chose nothing.",
+        f"Test rows: {tested}. They chose nothing.",
         "Trained on: " + "; ".join(trained_on(runs, task) for task in sizes) + ".",
         "Time: wall clock of preparing and training, the search within it; tuning the learning rate apart. No method "
         f"stops early{ends}. Times are sums over {', '.join(timed) or 'no task'}, parameters means over "
