@@ -64,6 +64,11 @@ def percent(share: float) -> str:
     return f"{100 * share:g}%"
 
 
+def with_error(d: float, se: float) -> str:
+    """A difference and its paired standard error."""
+    return f"{d:+.4f} ± {se:.4f}"
+
+
 # --- (a) the truth
 
 
@@ -103,7 +108,7 @@ def between(sweep: Sweep, a: int, b: int) -> str:
     assert sweep.loss_KN is not None
     assert sweep.fresh is not None
     d, se = paired_difference(sweep.loss_KN[a], sweep.loss_KN[b], sweep.fresh.tokens_N, sweep.fresh.cluster_N)
-    return f"{d:+.4f} ± {se:.4f}"
+    return with_error(d, se)
 
 
 # --- (b) early against final
@@ -262,7 +267,7 @@ def whole_runs(runs: Sequence[Adaptive], found: dict[str, Chance]) -> None:
                 continue
             arm, x = run.arms[name], against(run, name, fixed_N, found)
             rate = "" if arm.scale == 1 else f" (×{arm.scale:g})"
-            cells.append(f"{arm.rank}{rate}: {x.d:+.4f} ± {x.se:.4f}")
+            cells.append(f"{arm.rank}{rate}: {with_error(x.d, x.se)}")
         chance = found.get(run.unit[0])
         level = f"{fixed_N.sum() / run.fresh.tokens_N.sum():.4f}"
         documents = len(np.unique(run.fresh.cluster_N))
@@ -318,7 +323,7 @@ def against_sweeps(runs: Sequence[Adaptive], sweeps: Sequence[Sweep], found: dic
             x = {n: against(run, n, s.loss_KN[other], found) for n in names if n in run.arms}
             columns.append(x)
             label = f"{named(run.unit)}: r = {s.ranks[other]}, ×{s.rates[other]:g}"
-            rows.append([label, *(f"{x[n].d:+.4f} ± {x[n].se:.4f}" if n in x else "" for n in names)])
+            rows.append([label, *(with_error(x[n].d, x[n].se) if n in x else "" for n in names)])
         if which == 0:
             print(f"### Whole runs less the sweep's {words}\n")
             table(["", *names], rows)
@@ -351,7 +356,7 @@ def both_ends(runs: Sequence[Adaptive]) -> None:
                 continue
             d, se = paired_difference(ends.average_N, ends.last_N, run.fresh.tokens_N, run.fresh.cluster_N)
             found[name].append((d, ends.averaged))
-            words = f"{d:+.4f} ± {se:.4f}"
+            words = with_error(d, se)
             cells.append(f"**{words}**" if ends.averaged else words)
         rows.append([named(run.unit), *cells])
     each = [[d for d, _ in found[n]] for n in names]
@@ -390,7 +395,7 @@ def after_cut(found: Sequence[dict[str, Any]]) -> None:
         for r in found:
             fresh, loss_KN = records.fresh_of(r), np.array(r["fresh"]["per_example"])
             d, se = paired_difference(loss_KN[k], loss_KN[0], fresh.tokens_N, fresh.cluster_N)
-            row.append(f"{d:+.4f} ± {se:.4f}")
+            row.append(with_error(d, se))
         rows.append(row)
     table(["arm", *(f"{named(records.unit_of(r))}, lr × {r['lr_scale']:g}" for r in found)], rows)
 

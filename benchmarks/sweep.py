@@ -54,10 +54,9 @@ def run(study: Study) -> dict[str, Any]:
 
 def look(study: Study, trainer: Trainer[Bank], rates: int) -> dict[str, Any]:
     """All arms, as they are, averaged, and cut."""
-    bank, average = trainer.bank, trainer.average
-    assert average is not None
+    bank = trainer.bank
     found = {"direct": described(trainer.measure(study.looked), study.cluster_N)}
-    with bank.borrowed(bank.candidates.with_tensors(average.mean.views)):
+    with trainer.averaged():
         found["averaged"] = described(trainer.measure(study.looked), study.cluster_N)
     for i in range(rates):
         with bank.borrowed(cuts(bank, i * len(RANKS) + WIDE)):
