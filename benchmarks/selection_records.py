@@ -5,7 +5,7 @@ Shapes: K arms of one training (ranks × learning rates), N fresh examples.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,14 +243,21 @@ def adaptive_of(record: Mapping[str, Any]) -> Adaptive:
     )
 
 
-def adaptives(root: Path = ROOT, folder: str = "adaptive") -> list[Adaptive]:
-    return sorted((adaptive_of(record) for _, record in read(root / folder)), key=lambda a: a.unit)
+def adaptives(root: Path = ROOT, folders: Sequence[str] = ("adaptive",)) -> list[Adaptive]:
+    """Each unit's arms from all folders: of an arm that is in several, the first."""
+    found: dict[Unit, Adaptive] = {}
+    for run in (adaptive_of(record) for folder in folders for _, record in read(root / folder)):
+        before = found.get(run.unit, run)
+        if before.data != run.data:
+            raise ValueError(f"{run.unit}: the folders {', '.join(folders)} have runs of different rows")
+        found[run.unit] = replace(before, arms={**run.arms, **before.arms})
+    return sorted(found.values(), key=lambda a: a.unit)
 
 
-def choices(root: Path = ROOT, runs: str = "adaptive") -> dict[tuple[str, str], dict[int, int]]:
+def choices(root: Path = ROOT, folders: Sequence[str] = ("adaptive",)) -> dict[tuple[str, str], dict[int, int]]:
     """(task, strategy) → seed → rank, from whole runs and from those that ended with the choice."""
     found: dict[tuple[str, str], dict[int, int]] = {}
-    for folder in ("choices", runs):
+    for folder in ("choices", *folders):
         for _, record in read(root / folder):
             for name, arm in record["arms"].items():
                 found.setdefault((record["task"], name), {})[record["seed"]] = arm["rank"]

@@ -1,8 +1,9 @@
 """The tables of docs/selection.md, from the raw figures: whatever units are there.
 
-    python -m benchmarks.selection_tables [FOLDER]
+    python -m benchmarks.selection_tables [FOLDER ...]
 
 FOLDER, of whole runs, is adaptive/ unless told otherwise: adaptive_early/ has those that chose by 30%, come what may.
+Of several each unit's arms are put together.
 
 Shapes: K arms of one training (ranks × learning rates).
 """
@@ -400,9 +401,9 @@ def after_cut(found: Sequence[dict[str, Any]]) -> None:
     table(["arm", *(f"{named(records.unit_of(r))}, lr × {r['lr_scale']:g}" for r in found)], rows)
 
 
-def main(root: Path = records.ROOT, whole: str = "adaptive") -> None:
+def main(root: Path = records.ROOT, whole: Sequence[str] = ("adaptive",)) -> None:
     """Args:
-    whole: the folder of whole runs.
+    whole: the folders of whole runs.
     """
     sweeps, ranks, rates = records.sweeps(root), records.first_ranks(root), records.first_rates(root)
     runs = records.adaptives(root, whole)
@@ -429,4 +430,4 @@ def main(root: Path = records.ROOT, whole: str = "adaptive") -> None:
 
 
 if __name__ == "__main__":
-    main(whole=sys.argv[1] if len(sys.argv) > 1 else "adaptive")
+    main(whole=sys.argv[1:] or ("adaptive",))

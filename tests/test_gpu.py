@@ -208,6 +208,31 @@ def test_the_average_beside_graphs() -> None:
         assert (found != last).all()
 
 
+def test_a_capture_outlives_the_graphs_of_another_training() -> None:
+    """They are garbage in a circle, and Python would look for some every few allocations."""
+
+    class Circle:
+        def __init__(self, held: object) -> None:
+            self.held, self.itself = held, self
+
+    model = prepared()
+    expected, _ = trained(model, replace(RECIPE, graphs=True))
+    threshold = gc.get_threshold()
+    for _ in range(3):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.zeros(1, device="cuda")
+        gc.set_threshold(10_000_000)
+        Circle(graph)
+        del graph
+        gc.set_threshold(20)
+        try:
+            losses, _ = trained(model, replace(RECIPE, graphs=True))
+        finally:
+            gc.set_threshold(*threshold)
+        assert (losses - expected).abs().max() < 0.02
+
+
 def test_graphs_take_the_memory_of_one_pass() -> None:
     """What is reserved for a training, as graphs and eagerly: what a pass keeps lies there once, not twice."""
     model = prepared()

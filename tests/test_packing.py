@@ -1,8 +1,11 @@
 """However a batch is cut into passes, it gives the same losses and the same gradients."""
 
-from collections.abc import Sequence
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -237,6 +240,47 @@ def test_memory_that_runs_out_while_passes_are_captured(monkeypatch: pytest.Monk
     losses, trainer = trained(True)
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
     assert trainer.recipe.micro_tokens <= MOST
+
+
+def test_graphs_go_with_their_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when Python next looks for garbage: they hold a training's memory, and if they were freed while
+    those of the next one are captured, CUDA would end that capture."""
+    monkeypatch.setattr(passes, "Graph", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    model, _ = model_of("llama")
+    trainer = Trainer(model, examples(40, seed=5), replace(RECIPE, epochs=1, micro_tokens=400, graphs=True))
+    trainer.start(model.bank.candidates, (1e-2, 1e-2))
+    next(trainer.run(trainer.total))
+    assert isinstance(trainer.passes, Graphs)
+    one = weakref.ref(next(iter(trainer.passes.graphs.values())))
+    gc.disable()
+    try:
+        del trainer
+        assert one() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_during_a_capture(collects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    during: list[bool] = []
+
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        during.append(gc.isenabled())
+        yield
+        raise RuntimeError("the capture failed")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    if not collects:
+        gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="the capture failed"), passes.captured(cast(Any, None), pool=None):
+            during.append(gc.isenabled())
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+    assert during == [False, False]
 
 
 def test_rows_of_later_epochs_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:

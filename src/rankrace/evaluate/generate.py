@@ -20,6 +20,7 @@ from rankrace.errors import RankraceError
 from rankrace.evaluate.cache import NAME, Cache, Filling
 from rankrace.training import attention
 from rankrace.training.model import PackedModel
+from rankrace.training.passes import captured
 
 MOST_PROMPTS = 1024
 """Of a batch: each needs a row of logits."""
@@ -153,7 +154,7 @@ class Writing:
         """A step; from the second of a size on as a CUDA graph, where there are such: the first has taken all memory
         that stays."""
         if self.steps == 1 and self.token_N.is_cuda:
-            self.replay = captured(self.step)
+            self.replay = as_graph(self.step)
         (self.replay or self.step)()
         self.steps += 1
 
@@ -201,10 +202,10 @@ def first_tokens(prompts: Sequence[np.ndarray], model: PackedModel[Any], cache: 
     return token_N
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def as_graph(step: Callable[[], None]) -> Callable[[], None]:
     """As a CUDA graph: a step for a few tokens takes longer to launch than to compute."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured(graph):
         step()
     return graph.replay
 

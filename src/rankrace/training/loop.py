@@ -29,7 +29,7 @@ from rankrace.training.average import Average
 from rankrace.training.memory import free_caches, out_of_memory
 from rankrace.training.model import PackedModel
 from rankrace.training.optimizer import BankAdamW, Optimizer
-from rankrace.training.passes import Eager, Graphs, Running
+from rankrace.training.passes import Eager, Graphs, Running, abreast, groups
 from rankrace.training.schedule import Schedule, steps_of
 from rankrace.training.trained import B
 
@@ -149,7 +149,7 @@ class Trainer(Generic[B]):
             steps = min(self.total, SIZED_EPOCHS * self.per_epoch)
             seen = self.sizes(steps)
             sizes = size_buckets(seen, graph_sizes(len(seen) * self.total / steps))
-            self.passes = Graphs(model, sizes, lambda tokens: self.groups(tokens, len(self.lr_K)))
+            self.passes = Graphs(model, sizes, self.recipe.micro_tokens)
 
     @property
     def repeats(self) -> bool:
@@ -258,13 +258,12 @@ class Trainer(Generic[B]):
         return loss_K
 
     def groups(self, tokens: int, K: int) -> list[slice]:
-        """Candidates side by side on a row of so many tokens, as far as the budget reaches, the rest in turn."""
-        size = self.abreast(tokens, K)
-        return [slice(k, min(k + size, K)) for k in range(0, K, size)]
+        """As `passes.groups`, within the recipe's budget."""
+        return groups(tokens, K, self.recipe.micro_tokens)
 
     def abreast(self, tokens: int, K: int) -> int:
-        """How many of K candidates a row of so many tokens runs with side by side."""
-        return max(1, min(K, self.recipe.micro_tokens // tokens))
+        """As `passes.abreast`, within the recipe's budget."""
+        return abreast(tokens, K, self.recipe.micro_tokens)
 
     def abreast_on(self, examples: Sequence[Encoded], K: int) -> int:
         """How many of K candidates are measured side by side on these examples."""

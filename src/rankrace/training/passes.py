@@ -10,7 +10,9 @@ are captured into one pool. The larger goes first each time, and the smaller fin
 left.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,17 @@ class Running:
         """One example with one candidate: no pass can be smaller."""
         one = self.size.tokens - self.size.longest < STEP if self.padded else self.size.examples == 1
         return self.candidates == 1 and one
+
+
+def abreast(tokens: int, K: int, budget: int) -> int:
+    """How many of K candidates a row of so many tokens runs with side by side."""
+    return max(1, min(K, budget // tokens))
+
+
+def groups(tokens: int, K: int, budget: int) -> list[slice]:
+    """Candidates side by side on a row of so many tokens, as far as the budget reaches, the rest in turn."""
+    size = abreast(tokens, K, budget)
+    return [slice(k, min(k + size, K)) for k in range(0, K, size)]
 
 
 class Eager:
@@ -66,11 +79,11 @@ class Eager:
 class Graphs:
     """Args:
     sizes: what rows may be padded to, smallest first; a row that fits into none runs eagerly.
-    groups: the candidates that run side by side, group by group, by the tokens of a row.
+    budget: tokens of a pass, all candidates that run side by side in it together.
     """
 
-    def __init__(self, model: PackedModel, sizes: Sequence[Size], groups: Callable[[int], Sequence[slice]]) -> None:
-        self.model, self.sizes, self.groups = model, sizes, groups
+    def __init__(self, model: PackedModel, sizes: Sequence[Size], budget: int) -> None:
+        self.model, self.sizes, self.budget = model, sizes, budget
         self.eager = Eager(model)
         self.gradients: Flat | None = None
         self.capturing: Running | None = None
@@ -105,7 +118,7 @@ class Graphs:
         passes = [
             (index, empty.padded(size), active)
             for index, size in reversed(list(enumerate(self.sizes)))
-            for active in self.groups(size.tokens)
+            for active in groups(size.tokens, len(gradients.all_KP), self.budget)
         ]
         # Libraries and compilers set themselves up, out of any graph: alike for as many candidates of one size.
         for made_up, active in {(i, active.stop - active.start): (row, active) for i, row, active in passes}.values():
@@ -119,6 +132,23 @@ class Graphs:
         self.capturing, self.gradients = None, gradients
 
 
+@contextmanager
+def captured(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+    """As `torch.cuda.graph`, but Python collects no garbage meanwhile.
+
+    Among it may be the graphs of an earlier training, and CUDA ends a capture during which one is destroyed with an
+    error of whatever comes next (https://github.com/pytorch/pytorch/pull/161037).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class Graph:
     """One captured pass, and the tensors through which rows go in and losses come out."""
 
@@ -127,7 +157,7 @@ class Graph:
         self.row = row.to(share.device)
         self.share = share.clone()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with captured(self.graph, pool=pool):
             self.loss_K = eager.run(self.row, active, self.share)
 
     def replay(self, row: Packed, share: Tensor) -> Tensor:
