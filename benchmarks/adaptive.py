@@ -7,7 +7,7 @@ The same rows, seeds, steps and batches as benchmarks/sweep.py. Choices see its 
 them, as any run does); the end is measured on its fresh ones, to be compared with every arm of the sweep in pairs.
 
 fixed      rank 16 by itself, as people train it: its last step, though its average is measured, too
-shrink     the default; shrink-quality: with --prefer quality; shrink-two: with --rule two_se
+shrink     the default; shrink-quality: with --prefer quality; shrink-one: with --rule one_se, once the default
 shrink-lr  with --lr-scales, at those of the sweep
 race       grid: as the paper has it
 """
@@ -27,7 +27,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fixed": {"strategy": "grid", "ranks": (16,), "refine": False},
     "shrink": {},
     "shrink-quality": {"prefer": "quality"},
-    "shrink-two": {"rule": "two_se"},
+    "shrink-one": {"rule": "one_se"},
     "shrink-lr": {},
     "race": {"strategy": "race"},
     "grid": {"strategy": "grid"},
@@ -95,6 +95,7 @@ def chosen(session: Session) -> dict[str, Any]:
         "lr": search.setting(verdict.pick).lr,
         "rates": [[x.lr_scale, round(x.loss, 6), round(x.se, 6)] for look in search.state.looks for x in look.rates],
         "micro_tokens": session.config.micro_tokens,
+        "rule": session.config.rule,
     }
 
 

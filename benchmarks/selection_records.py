@@ -14,8 +14,11 @@ import numpy as np
 ROOT = Path("results/selection")
 GRID = (2, 4, 8, 16, 32)
 """Ranks that `grid` and `race` start with by default."""
-SHRINKS = ("shrink", "shrink-quality", "shrink-two", "shrink-lr")
+SHRINKS = ("shrink", "shrink-quality", "shrink-one", "shrink-two", "shrink-lr")
 """Arms of benchmarks.adaptive that train one wide candidate and cut it once."""
+
+BEFORE = {"shrink-two": "shrink"} | {name: f"{name}-one" for name in ("shrink", "shrink-lr", "race", "grid")}
+"""What arms are called whose record does not say the rule: all but shrink-two went by one_se, then the default."""
 
 Way = Literal["alone", "cut", "own"]
 """Trained at its rank from the start, whoever ran beside it; cut from a wide candidate; any other way."""
@@ -214,6 +217,11 @@ def arm_of(name: str, arm: Mapping[str, Any], lr: float) -> Arm:
     )
 
 
+def called(name: str, arm: Mapping[str, Any]) -> str:
+    """As benchmarks.adaptive calls its arms now."""
+    return name if "rule" in arm else BEFORE.get(name, name)
+
+
 def losses_of(end: Mapping[str, Any]) -> np.ndarray:
     """Of each fresh example, of the one candidate that was measured."""
     return np.array(end["per_example"][0], dtype=float)
@@ -238,7 +246,7 @@ def adaptive_of(record: Mapping[str, Any]) -> Adaptive:
         data=record["data_sha256"],
         warmup=record["warmup"],
         examples=record["steps"] * record["batch_size"],
-        arms={name: arm_of(name, arm, record["lr"]) for name, arm in record["arms"].items()},
+        arms={called(name, arm): arm_of(name, arm, record["lr"]) for name, arm in record["arms"].items()},
         fresh=fresh_of(record),
     )
 
@@ -250,7 +258,8 @@ def adaptives(root: Path = ROOT, folders: Sequence[str] = ("adaptive",)) -> list
         before = found.get(run.unit, run)
         if before.data != run.data:
             raise ValueError(f"{run.unit}: the folders {', '.join(folders)} have runs of different rows")
-        found[run.unit] = replace(before, arms={**run.arms, **before.arms})
+        missing = {name: arm for name, arm in run.arms.items() if name not in before.arms}
+        found[run.unit] = replace(before, arms={**before.arms, **missing})
     return sorted(found.values(), key=lambda a: a.unit)
 
 
@@ -260,7 +269,7 @@ def choices(root: Path = ROOT, folders: Sequence[str] = ("adaptive",)) -> dict[t
     for folder in ("choices", *folders):
         for _, record in read(root / folder):
             for name, arm in record["arms"].items():
-                found.setdefault((record["task"], name), {})[record["seed"]] = arm["rank"]
+                found.setdefault((record["task"], called(name, arm)), {})[record["seed"]] = arm["rank"]
     return found
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from benchmarks.selection_records import Adaptive, Curve, Fresh, Sweep, Unit, Way
+from rankrace.select.objective import ERRORS
 from rankrace.select.statistics import paired_difference
 
 LARGEST = 32
@@ -30,7 +31,7 @@ def lowest(loss_K: np.ndarray) -> int | None:
 def default_pick(curve: Curve, share: float) -> int | None:
     """The default's choice from a curve by rising rank, without a penalty (select/objective.py).
 
-    The smallest rank that is within one paired standard error of the lowest loss, or loses at most this share of
+    The smallest rank that is within two paired standard errors of the lowest loss, or loses at most this share of
     what rank buys, L(smallest) − min L. None if all diverged.
     """
     best = lowest(curve.loss_K)
@@ -38,7 +39,7 @@ def default_pick(curve: Curve, share: float) -> int | None:
         return None
     alive = np.flatnonzero(np.isfinite(curve.loss_K))
     behind_K = curve.loss_K - curve.loss_K[best]
-    slack_K = np.fmax(curve.se_KK[best], share * behind_K[alive[0]])
+    slack_K = np.fmax(ERRORS["two_se"] * curve.se_KK[best], share * behind_K[alive[0]])
     return int(next(i for i in alive if behind_K[i] <= slack_K[i]))
 
 
@@ -90,7 +91,7 @@ class End:
 
 
 def ends_of(sweeps: Iterable[Sweep], adaptives: Iterable[Adaptive]) -> list[End]:
-    """Of all trainings whose losses were kept one by one."""
+    """Of all trainings whose losses were kept one by one: their last steps, whatever was delivered."""
     found = []
     for s in sweeps:
         if s.loss_KN is None or s.fresh is None:
@@ -101,8 +102,9 @@ def ends_of(sweeps: Iterable[Sweep], adaptives: Iterable[Adaptive]) -> list[End]
     for run in adaptives:
         for arm in run.arms.values():
             setting = (run.data, run.warmup, arm.scale, *([arm.step] if arm.way == "cut" else []))
+            last_N = arm.ends.last_N if arm.ends else arm.loss_N
             found.append(
-                End(unit=run.unit, way=arm.way, setting=setting, rank=arm.rank, loss_N=arm.loss_N, fresh=run.fresh)
+                End(unit=run.unit, way=arm.way, setting=setting, rank=arm.rank, loss_N=last_N, fresh=run.fresh)
             )
     return found
 

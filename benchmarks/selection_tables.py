@@ -407,7 +407,8 @@ def main(root: Path = records.ROOT, whole: Sequence[str] = ("adaptive",)) -> Non
     """
     sweeps, ranks, rates = records.sweeps(root), records.first_ranks(root), records.first_rates(root)
     runs = records.adaptives(root, whole)
-    found = chances(ends_of([*sweeps, *ranks], runs))
+    every_run = [run for folder in sorted(root.glob("adaptive*")) for run in records.adaptives(root, [folder.name])]
+    found = chances(ends_of([*sweeps, *ranks], every_run))
     all_ranks = records.newest(sweeps, ranks)
     rated = records.newest(sweeps, rates)
     final_losses(records.newest(sweeps, [s for s in ranks if s.loss_KN is not None]))

@@ -48,14 +48,14 @@ def test_the_smallest_rank_within_the_share_or_the_error_is_picked():
     falling = [1.00, 0.95, 0.93, 0.90]
     assert default_pick(curve(falling), 0.04) == 3
     assert default_pick(curve(falling), 0.31) == 2
-    assert default_pick(curve(falling, se=0.06), 0.04) == 1
+    assert default_pick(curve(falling, se=0.03), 0.04) == 1
     assert default_pick(curve([math.nan, 0.95, math.nan, 0.90]), 0.04) == 3
     assert default_pick(curve([math.nan, math.nan]), 0.04) is None
 
 
 def test_the_pick_is_that_of_the_default_objective():
     rng = np.random.default_rng(0)
-    objective = Objective(penalty=log2_penalty(0.0), rule="one_se", share=0.04)
+    objective = Objective(penalty=log2_penalty(0.0), rule="two_se", share=0.04)
     picked = set()
     for _ in range(200):
         tokens_N, cluster_N = rng.integers(1, 9, 30), rng.integers(0, 20, 30)
@@ -256,7 +256,7 @@ def adaptive_record() -> dict[str, Any]:
 
     arms = {
         "fixed": arm(16, "direct", 1e-3, 0.15),
-        "shrink": arm(2, "truncated", 1e-3, 0.2, measured=30),
+        "shrink": arm(2, "truncated", 1e-3, 0.2, measured=30, rule="two_se"),
         "shrink-lr": arm(3, "truncated", 2e-3, 0.2),
         "race": arm(2, "direct", 1e-3, 0.12),
         "grid": arm(5, "truncated", 1e-3, 0.15),
@@ -280,23 +280,40 @@ def test_records_of_all_ages_are_read_as_one():
     assert new.at(2.0) == [3, 4, 5]
 
 
+def test_arms_of_two_folders_are_put_together(tmp_path: Path):
+    """Those of the first count; other rows are another unit's."""
+    first, second = adaptive_record(), adaptive_record()
+    del first["arms"]["grid"]
+    second["arms"]["fixed"]["candidate_steps"] = 9.0
+    for folder, record in (("a", first), ("b", second)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.json").write_text(json.dumps(record))
+    (run,) = records.adaptives(tmp_path, ("a", "b"))
+    assert list(run.arms) == ["fixed", "shrink", "shrink-lr-one", "race-one", "grid-one"]
+    assert run.arms["fixed"].candidate_steps == 1
+    second["data_sha256"] = "other"
+    (tmp_path / "b" / "x.json").write_text(json.dumps(second))
+    with pytest.raises(ValueError, match="different rows"):
+        records.adaptives(tmp_path, ("a", "b"))
+
+
 def test_how_an_adaptive_run_came_to_its_rank():
     run = records.adaptive_of(adaptive_record())
     assert {name: arm.way for name, arm in run.arms.items()} == {
         "fixed": "alone",
         "shrink": "cut",
-        "shrink-lr": "cut",
-        "race": "own",
-        "grid": "own",
+        "shrink-lr-one": "cut",
+        "race-one": "own",
+        "grid-one": "own",
     }
     assert {name: arm.measured for name, arm in run.arms.items()} == {
         "fixed": 2,
         "shrink": 30,
-        "shrink-lr": 5,
-        "race": 8,
-        "grid": 2,
+        "shrink-lr-one": 5,
+        "race-one": 8,
+        "grid-one": 2,
     }
-    assert run.arms["shrink-lr"].scale == 2
+    assert run.arms["shrink-lr-one"].scale == 2
     assert run.examples == 6400
 
 

@@ -54,15 +54,16 @@ class RunConfig(BaseModel):
     refine: bool = True
     """Search the integers between the grid points too."""
     prefer: Literal["quality", "balanced", "small"] = "balanced"
-    """A smaller rank may lose 1%, 4% or 8% of what rank itself buys, or what the noise hides (rule one_se)."""
+    """A smaller rank may lose 1%, 4% or 8% of what rank itself buys, or what the noise hides (rule)."""
     penalty: Literal["log2", "parameters", "bytes"] = "log2"
     """log2: κ·G·log2(r). parameters, bytes: λ·p(r), p the adapter's parameters per base parameter, or bytes."""
     penalty_weight: Annotated[float, Field(ge=0)] = 0.0
     """λ, in nats, of the penalties parameters and bytes."""
     kappa: Annotated[float, Field(ge=0)] = 0.0
     """The share of the whole gain in loss that a doubling of the rank must buy."""
-    rule: Rule = "one_se"
-    """one_se, two_se: the smallest rank whose objective is within one or two paired standard errors of the best."""
+    rule: Literal["auto", "one_se", "two_se", "argmin"] = "auto"
+    """one_se, two_se: the smallest rank whose objective is within one or two paired standard errors of the best;
+    argmin: the best itself. auto: one_se to prefer quality, two_se otherwise."""
     lr_scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=8)] = (1.0,)
     """Learning rates to try first, as multiples of the rank's own (0.5,1,2): one more candidate each for a while."""
     twin: bool = False

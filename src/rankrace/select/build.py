@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rankrace.bank import Bank
-from rankrace.config import RunConfig
+from rankrace.config import Rule, RunConfig
 from rankrace.select import opening, race
 from rankrace.select.grid import Grid
 from rankrace.select.learning_rate import rates_tried
@@ -17,6 +17,17 @@ SHARES = {"quality": 0.01, "balanced": 0.04, "small": 0.08}
 with 8% too small, and one standard error alone mostly takes the largest (docs/planted.md)."""
 
 
+def rule_of(config: RunConfig) -> Rule:
+    """What auto stands for.
+
+    The lowest of ten noisy points is ahead of most others by one error as a rule. So one error takes ranks twice as
+    large as two do, and they end no better (docs/selection.md).
+    """
+    if config.rule != "auto":
+        return config.rule
+    return "one_se" if config.prefer == "quality" else "two_se"
+
+
 def make_strategy(
     config: RunConfig, total: int, bank: Bank, fractions: Sequence[float], penalty: Penalty
 ) -> Strategy:
@@ -24,7 +35,7 @@ def make_strategy(
     total: steps of the training.
     fractions: when shrink looks, as shares of it.
     """
-    objective = Objective(penalty=penalty, rule=config.rule, share=SHARES[config.prefer])
+    objective = Objective(penalty=penalty, rule=rule_of(config), share=SHARES[config.prefer])
     ranks = tuple(sorted(set(config.ranks)))
     wide = widest(ranks[-1], bank)
     if config.strategy == "grid":
