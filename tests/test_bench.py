@@ -27,7 +27,7 @@ import yaml
 
 from commandline import Ran, assert_refused, rankrace
 from rankrace.bench import local, render
-from rankrace.bench.experiment import Job, config_of, read_experiment
+from rankrace.bench.experiment import Experiment, Job, changed_defaults, config_of, read_experiment
 from rankrace.bench.job import Stopped, perform
 from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, sight_of
 from rankrace.bench.paired import Difference, difference, t_975
@@ -149,8 +149,19 @@ def test_a_grid_runs_fills_what_is_missing_and_becomes_a_table(tmp_path: Path, b
     half.write_text(json.dumps(older))
     assert_refused(run(experiment), "other settings", "(weight_decay: 0.5 there, 0.0 now)")
 
+    older["config"] |= {"weight_decay": 0.0, "rule": "one_se"}  # which no method reads that chooses no rank
+    half.write_text(json.dumps(older))
+    assert run(experiment).code == 0
+
     other = written(tmp_path, bert, methods=["full"], tasks=["rte"], common={"batch_size": 8})
     assert_refused(run(other), "other settings", "batch_size: 4 there, 8 now")
+
+
+def test_defaults_of_a_choice_count_where_a_rank_is_chosen() -> None:
+    experiment = Experiment(name="x", model="m", methods=("lora-r8", "shrink"), tasks=("rte",))
+    for method, found in (("lora-r8", {}), ("shrink", {"rule": ("one_se", "auto")})):
+        job = Job(method=method, task="rte", seed=0, scale=1.0, tuning=False)
+        assert changed_defaults(experiment, job, {"rule": "one_se", "batch_size": 32}) == found
 
 
 def best_scale(folder: Path, task: str, method: str) -> float:
@@ -197,7 +208,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     common = {"max_steps": 30, "epochs": 30}
     experiment = written(tmp_path, llama, methods=["adalora-r8"], tasks=["sst2"], common=common)
     code = (
-        "from pathlib import Path; from rankrace.bench.experiment import Job, config_of, read_experiment;"
+        "from pathlib import Path; from rankrace.bench.experiment import Experiment, Job, changed_defaults, config_of, read_experiment;"
         "from rankrace.bench.job import perform;"
         f"perform(read_experiment(Path({str(experiment)!r})), {JOB!r}, Path({str(tmp_path / 'out')!r}), 'cpu', 0.0)"
     )

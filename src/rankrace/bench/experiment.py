@@ -219,11 +219,17 @@ def settings_of(experiment: Experiment, job: Job) -> dict[str, Any]:
 
 MACHINE = {"model", "out", "device", "compile", "cuda_graphs", "recompute"}
 """Options that may differ between the machines of one experiment."""
+CHOICE = {
+    "ranks", "refine", "prefer", "penalty", "penalty_weight", "kappa", "rule", "lr_scales", "twin", "layer_ranks",
+    "search_fraction",
+}  # fmt: skip
+"""Options that only methods read that choose a rank."""
 
 
 def changed_defaults(experiment: Experiment, job: Job, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Options of a record's `config` whose value is another now: then and now. Those that it lacks do not count."""
-    now = config_of(experiment, job, Path(), "auto").model_dump(mode="json", exclude=MACHINE)
+    unread = MACHINE if find_method(job.method).chooses else MACHINE | CHOICE
+    now = config_of(experiment, job, Path(), "auto").model_dump(mode="json", exclude=unread)
     return {name: (config[name], now[name]) for name in now if name in config and config[name] != now[name]}
 
 

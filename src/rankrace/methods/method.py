@@ -78,6 +78,11 @@ class Method(Protocol):
         """How the base is kept."""
         ...
 
+    @property
+    def chooses(self) -> bool:
+        """Whether it chooses the rank, by the options that say how; else it reads none of them."""
+        ...
+
     def default_lr(self, width: int, config: RunConfig) -> float:
         """Peak learning rate for a model of this width, which the tuning scales."""
         ...
@@ -96,5 +101,6 @@ class Anywhere:
 
     gpu_only = False
     quantize: Quantize = "none"
+    chooses = False
 
     def check(self, device: torch.device, task: Task) -> None: ...

@@ -18,6 +18,7 @@ from rankrace.select.learning_rate import default_lr
 class QLora:
     gpu_only = True
     quantize: Quantize = "nf4"
+    chooses = False
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

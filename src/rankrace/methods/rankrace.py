@@ -24,6 +24,8 @@ class Rankrace(Anywhere):
         every method's.
     """
 
+    chooses = True
+
     def __init__(self, strategy: str, *, average: bool = False) -> None:
         self.name = strategy + (AVERAGE if average else "")
         self.options = {"strategy": strategy, "average": "on" if average else "off"}
