@@ -208,7 +208,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, llama:
     common = {"max_steps": 30, "epochs": 30}
     experiment = written(tmp_path, llama, methods=["adalora-r8"], tasks=["sst2"], common=common)
     code = (
-        "from pathlib import Path; from rankrace.bench.experiment import Experiment, Job, changed_defaults, config_of, read_experiment;"
+        "from pathlib import Path; from rankrace.bench.experiment import Job, config_of, read_experiment;"
         "from rankrace.bench.job import perform;"
         f"perform(read_experiment(Path({str(experiment)!r})), {JOB!r}, Path({str(tmp_path / 'out')!r}), 'cpu', 0.0)"
     )
