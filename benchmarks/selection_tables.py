@@ -259,10 +259,11 @@ def against(run: Adaptive, name: str, other_N: np.ndarray, found: dict[str, Chan
 def cost(run: Adaptive, name: str) -> float:
     """In trainings of one candidate. Measuring has no backward pass, which is half of the products of a step.
 
-    The base model's own loss is measured too.
+    The base model's own loss is measured too, and where rows come back what was chosen, the last step and the average.
     """
     arm = run.arms[name]
-    return arm.candidate_steps + (arm.measured + 1) * arm.looked / 2 / run.examples
+    measured = arm.measured + 1 + (3 if arm.ends else 0)
+    return arm.candidate_steps + measured * arm.looked / 2 / run.examples
 
 
 def whole_runs(runs: Sequence[Adaptive], found: dict[str, Chance]) -> None:
