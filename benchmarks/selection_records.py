@@ -4,6 +4,7 @@ Shapes: K arms of one training (ranks × learning rates), N fresh examples.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,8 @@ class Sweep:
     loss_KN: np.ndarray | None
     """Nats summed over each of them; the oldest records lack it."""
     fresh: Fresh | None
+    passes: float
+    """Over the training rows; NaN where the record does not say."""
 
     def at(self, rate: float) -> list[int]:
         """The arms of one learning rate, by rising rank."""
@@ -173,6 +176,7 @@ def sweep_of(record: Mapping[str, Any]) -> Sweep:
         loss_K=np.array(end["loss"], dtype=float),
         loss_KN=np.array(end["per_example"], dtype=float) if kept else None,
         fresh=fresh_of(record) if kept else None,
+        passes=record["steps"] * record["batch_size"] / record["train_examples"] if "steps" in record else math.nan,
     )
 
 

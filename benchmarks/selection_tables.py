@@ -33,7 +33,8 @@ from benchmarks.selection_statistics import (
     tally,
 )
 from rankrace.select.build import SHARES
-from rankrace.select.statistics import paired_difference
+from rankrace.select.opening import MUCH, OFTEN
+from rankrace.select.statistics import CLEARLY, paired_difference
 
 SHARE = SHARES["balanced"]
 FIXED = "fixed"
@@ -203,27 +204,53 @@ SPOILT = "scitldr"
 """The task whose loss at raised rates, when rows come back the third time, outweighs all others in a mean."""
 
 
+def clearly_better(curve: Curve, given: int, scales: Sequence[float], passes: float) -> int | None:
+    """As `--lr-scales` takes one (select/opening.py).
+
+    The given rate, unless another is clearly better, and much better where a raised one would see the rows often.
+    """
+    best = lowest(curve.loss_K)
+    if best is None or not np.isfinite(curve.loss_K[given]):
+        return best
+    behind = curve.loss_K[given] - curve.loss_K[best]
+    often = scales[best] > 1 and passes > OFTEN
+    if behind > CLEARLY * curve.se_KK[given, best] and not (often and behind <= MUCH * curve.loss_K[given]):
+        return best
+    return given
+
+
 def learning_rates(sweeps: Sequence[Sweep]) -> None:
     """Which multiple a look names for one rank."""
     print("### Learning rates: the multiple that a look names for r = 64, and its regret at the end\n")
     shares = [look.share for look in sweeps[0].looks]
-    for how, words in (("direct", "the values as they are"), ("averaged", "their average")):
+    ways = {
+        "the values as they are": ("direct", False),
+        "their average": ("averaged", False),
+        "their average, as --lr-scales does": ("averaged", True),
+    }
+    for words, (how, in_doubt_the_given) in ways.items():
         rows, found = [], []
         for s in sweeps:
             for rank in dict.fromkeys(s.ranks):
                 at = [i for i, r in enumerate(s.ranks) if r == rank]
-                given = next(n for n, i in enumerate(at) if s.rates[i] == 1)
+                scales = [s.rates[i] for i in at]
+                given = scales.index(1.0)
                 missed, cells = [], []
                 for look in s.looks:
                     curve = shown(look, how, 1.0, at)
-                    chosen = None if curve is None else lowest(curve.loss_K)
+                    if curve is None:
+                        chosen = None
+                    elif in_doubt_the_given:
+                        chosen = clearly_better(curve, given, scales, s.passes)
+                    else:
+                        chosen = lowest(curve.loss_K)
                     missed.append(regret(chosen, s.loss_K[at]))
-                    cells.append("" if chosen is None else f"{s.rates[at[chosen]]:g} ({missed[-1]:.4f})")
+                    cells.append("" if chosen is None else f"{scales[chosen]:g} ({missed[-1]:.4f})")
                 missed.append(regret(given, s.loss_K[at]))
                 found.append((s.unit[0], rank == max(s.ranks), missed))
                 if rank == max(s.ranks):
-                    best = at[int(np.nanargmin(s.loss_K[at]))]
-                    rows.append([named(s.unit), *cells, f"1 ({missed[-1]:.4f})", f"{s.rates[best]:g}"])
+                    best = scales[int(np.nanargmin(s.loss_K[at]))]
+                    rows.append([named(s.unit), *cells, f"1 ({missed[-1]:.4f})", f"{best:g}"])
         for task in (None, SPOILT):
             for only_wide, ranks in ((True, "r = 64"), (False, "all ranks")):
                 kept = [x for name, wide, x in found if name != task and (wide or not only_wide)]
@@ -259,7 +286,8 @@ def against(run: Adaptive, name: str, other_N: np.ndarray, found: dict[str, Chan
 def cost(run: Adaptive, name: str) -> float:
     """In trainings of one candidate. Measuring has no backward pass, which is half of the products of a step.
 
-    The base model's own loss is measured too, and where rows come back what was chosen, the last step and the average.
+    The base model's own loss is measured too; where rows come back also what was chosen, the last step and the
+    average.
     """
     arm = run.arms[name]
     measured = arm.measured + 1 + (3 if arm.ends else 0)

@@ -209,11 +209,11 @@ def test_plan_of_a_race_and_of_learning_rates(smollm2: Path, tmp_path: Path) -> 
 
 
 def test_the_time_of_a_race_is_more_than_that_of_its_winner() -> None:
-    """Shares of the training: three of four racers, for a tenth; three of four that open, for .15."""
+    """Shares of the training: three of four racers, for a tenth; three of four that open, for as long."""
     plan = LookPlan(fractions=(0.1, 0.12, 0.15, 0.2), most=5, looked=64, fresh=64)
     race = RunConfig(model="m", data="d", strategy="race")
     assert besides(race, plan, 1) == pytest.approx(3 * 0.1)
-    assert besides(race, plan, 4) == pytest.approx(3 * 0.1 + 3 * 0.15)
+    assert besides(race, plan, 4) == pytest.approx(3 * 0.1 + 3 * 0.1)
     assert besides(RunConfig(model="m", data="d"), plan, 1) == 0.0
 
 

@@ -160,8 +160,8 @@ def test_what_begins_with_one_candidate_is_opened_where_that_is_asked_for():
         assert isinstance(found, Opening)
         assert found.scales == ((1.0,) if "twin" in options else SCALES), "with the given one, each once"
         assert found.twin == ("twin" in options)
-        assert found.look_step == 15, "a tenth is too early to tell"
-        assert found.inner.next_look([]) == 15
+        assert found.look_step == 10, "a twentieth is too early to tell"
+        assert found.inner.next_look([]) == 10
     for total in range(1, 30):
         for strategy in ("shrink", "race"):
             found = built(total, strategy=strategy, twin=True)

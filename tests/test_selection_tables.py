@@ -29,6 +29,7 @@ from benchmarks.selection_statistics import (
     regret,
     tally,
 )
+from benchmarks.selection_tables import clearly_better
 from rankrace.select.objective import Held, Objective, Trial, log2_penalty
 
 FRESH = Fresh(tokens_N=np.full(4, 2), cluster_N=np.arange(4))
@@ -96,6 +97,7 @@ def sweep(looked: list[float], end_K: list[float]) -> Sweep:
         loss_K=np.array(end_K),
         loss_KN=np.array(end_K)[:, None] * FRESH.tokens_N,
         fresh=FRESH,
+        passes=1.0,
     )
 
 
@@ -104,6 +106,19 @@ def test_learning_rates_are_chosen_on_other_examples_than_they_are_judged_on():
     assert best_arms(s) == {1: 2, 16: 1}
     assert best_arm(s) == 2
     assert s.at(0.5) == [0, 1]
+
+
+def test_a_rate_is_named_as_a_run_would_take_it():
+    """At ×1, ×2 and ×4: another only if it is better by two errors, a raised one by 5% where rows come back often."""
+    scales, ahead = (1.0, 2.0, 4.0), curve([1.00, 0.97, 0.98], se=0.01)
+    assert clearly_better(ahead, 0, scales, 1.0) == 1
+    assert clearly_better(ahead, 0, scales, 3.0) == 0
+    assert clearly_better(curve([1.00, 0.94, 0.98], se=0.01), 0, scales, 3.0) == 1
+    assert clearly_better(curve([1.00, 0.97, 0.98], se=0.02), 0, scales, 1.0) == 0
+    assert clearly_better(curve([1.00, 1.01, 0.97], se=0.01), 2, scales, 3.0) == 2
+    assert clearly_better(curve([0.90, 1.01, 0.97], se=0.01), 2, (0.5, 1.0, 2.0), 3.0) == 0, "a lower one is no risk"
+    assert clearly_better(curve([math.nan, 1.01, 0.97], se=0.01), 0, scales, 3.0) == 2
+    assert clearly_better(curve([math.nan] * 3), 0, scales, 1.0) is None
 
 
 def test_what_counts_as_the_same_training():
