@@ -20,6 +20,7 @@ from benchmarks.sweep import OTHER_RATES, RATES
 from rankrace.data.encoded import EncodedSet
 from rankrace.device import wait_for
 from rankrace.record import decision_of, reason_of
+from rankrace.select.build import rule_of
 from rankrace.session import Session, prepare
 from rankrace.training.loop import Measured
 
@@ -95,7 +96,7 @@ def chosen(session: Session) -> dict[str, Any]:
         "lr": search.setting(verdict.pick).lr,
         "rates": [[x.lr_scale, round(x.loss, 6), round(x.se, 6)] for look in search.state.looks for x in look.rates],
         "micro_tokens": session.config.micro_tokens,
-        "rule": session.config.rule,
+        "rule": rule_of(session.config),
     }
 
 

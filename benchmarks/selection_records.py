@@ -117,8 +117,14 @@ class Adaptive:
     warmup: float
     examples: int
     """Of all training steps."""
+    quantize: str
     arms: Mapping[str, Arm]
     fresh: Fresh
+
+    @property
+    def made(self) -> tuple[object, ...]:
+        """What runs share that may be compared."""
+        return self.data, self.warmup, self.examples, self.quantize, tuple(self.fresh.tokens_N)
 
 
 def read(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -250,6 +256,7 @@ def adaptive_of(record: Mapping[str, Any]) -> Adaptive:
         data=record["data_sha256"],
         warmup=record["warmup"],
         examples=record["steps"] * record["batch_size"],
+        quantize=record.get("quantize", "none"),
         arms={called(name, arm): arm_of(name, arm, record["lr"]) for name, arm in record["arms"].items()},
         fresh=fresh_of(record),
     )
@@ -260,20 +267,20 @@ def adaptives(root: Path = ROOT, folders: Sequence[str] = ("adaptive",)) -> list
     found: dict[Unit, Adaptive] = {}
     for run in (adaptive_of(record) for folder in folders for _, record in read(root / folder)):
         before = found.get(run.unit, run)
-        if before.data != run.data:
-            raise ValueError(f"{run.unit}: the folders {', '.join(folders)} have runs of different rows")
+        if before.made != run.made:
+            raise ValueError(f"{run.unit}: runs in {', '.join(folders)} differ in rows, length, warm-up or base")
         missing = {name: arm for name, arm in run.arms.items() if name not in before.arms}
         found[run.unit] = replace(before, arms={**before.arms, **missing})
     return sorted(found.values(), key=lambda a: a.unit)
 
 
 def choices(root: Path = ROOT, folders: Sequence[str] = ("adaptive",)) -> dict[tuple[str, str], dict[int, int]]:
-    """(task, strategy) → seed → rank, from whole runs and from those that ended with the choice."""
+    """(task, strategy) → seed → rank, from those that ended with the choice and from whole runs of other seeds."""
     found: dict[tuple[str, str], dict[int, int]] = {}
     for folder in ("choices", *folders):
         for _, record in read(root / folder):
             for name, arm in record["arms"].items():
-                found.setdefault((record["task"], called(name, arm)), {})[record["seed"]] = arm["rank"]
+                found.setdefault((record["task"], called(name, arm)), {}).setdefault(record["seed"], arm["rank"])
     return found
 
 

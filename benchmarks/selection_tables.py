@@ -384,6 +384,7 @@ def both_ends(runs: Sequence[Adaptive]) -> None:
         "### The average since the choice less the last step, on fresh examples (**taken**; fixed keeps its last)\n"
     )
     names = list(dict.fromkeys(n for run in runs for n in run.arms))
+    whole = {run.unit for run in runs if all(name in run.arms and run.arms[name].ends for name in names)}
     found: dict[str, list[tuple[float, bool]]] = {name: [] for name in names}
     rows = []
     for run in runs:
@@ -394,15 +395,16 @@ def both_ends(runs: Sequence[Adaptive]) -> None:
                 cells.append("")
                 continue
             d, se = paired_difference(ends.average_N, ends.last_N, run.fresh.tokens_N, run.fresh.cluster_N)
-            found[name].append((d, ends.averaged))
+            if run.unit in whole:
+                found[name].append((d, ends.averaged))
             words = with_error(d, se)
             cells.append(f"**{words}**" if ends.averaged else words)
         rows.append([named(run.unit), *cells])
     each = [[d for d, _ in found[n]] for n in names]
     taken = [[d if averaged else 0.0 for d, averaged in found[n]] for n in names]
-    rows.append(["mean, if always taken", *(f"{np.mean(d):+.4f}" for d in each)])
-    rows.append(["mean, as the examples that chose have it", *(f"{np.mean(d):+.4f}" for d in taken)])
-    rows.append(["mean, if one knew", *(f"{np.minimum(d, 0).mean():+.4f}" for d in each)])
+    rows.append([f"mean of the {len(whole)} that all have, if always taken", *(f"{np.mean(d):+.4f}" for d in each)])
+    rows.append(["the same, as the examples that chose have it", *(f"{np.mean(d):+.4f}" for d in taken)])
+    rows.append(["the same, if one knew", *(f"{np.minimum(d, 0).mean():+.4f}" for d in each)])
     table(["task", *names], rows)
 
 

@@ -27,7 +27,7 @@ import yaml
 
 from commandline import Ran, assert_refused, rankrace
 from rankrace.bench import local, render
-from rankrace.bench.experiment import Experiment, Job, changed_defaults, config_of, read_experiment
+from rankrace.bench.experiment import Experiment, Job, config_of, differences, read_experiment, settings_of
 from rankrace.bench.job import Stopped, perform
 from rankrace.bench.local import Slot, Work, finished, free_slot, gpus_of, has_room, sight_of
 from rankrace.bench.paired import Difference, difference, t_975
@@ -157,11 +157,26 @@ def test_a_grid_runs_fills_what_is_missing_and_becomes_a_table(tmp_path: Path, b
     assert_refused(run(other), "other settings", "batch_size: 4 there, 8 now")
 
 
-def test_defaults_of_a_choice_count_where_a_rank_is_chosen() -> None:
+def test_a_record_of_other_defaults(tmp_path: Path, bert: Path) -> None:
+    """What a method does not read counts not; and the old default can be put back, whoever has it in his settings."""
     experiment = Experiment(name="x", model="m", methods=("lora-r8", "shrink"), tasks=("rte",))
-    for method, found in (("lora-r8", {}), ("shrink", {"rule": ("one_se", "auto")})):
+    pinned = experiment.model_copy(update={"common": {"rule": "one_se", "ranks": [2, 4]}})
+    for method in ("lora-r8", "shrink"):
         job = Job(method=method, task="rte", seed=0, scale=1.0, tuning=False)
-        assert changed_defaults(experiment, job, {"rule": "one_se", "batch_size": 32}) == found
+        old = (
+            config_of(experiment, job, tmp_path, "cpu").model_copy(update={"rule": "one_se"}).model_dump(mode="json")
+        )
+        given = settings_of(experiment, job)
+        chooses = method == "shrink"
+        assert differences(experiment, job, given, old) == ({"rule": ("one_se", "auto")} if chooses else {})
+        assert differences(pinned, job, given, old).keys() == ({"ranks"} if chooses else set())
+        new = config_of(pinned, job, tmp_path, "cpu").model_dump(mode="json")
+        assert differences(pinned, job, settings_of(pinned, job), new) == {}
+        assert differences(experiment, job, settings_of(pinned, job), new).keys() == (
+            {"rule", "ranks"} if chooses else set()
+        )
+        assert differences(experiment, job, given | {"test_max": 5}, old)["test_max"] == (5, None)
+        assert differences(experiment, job, given, {}) == {}, "a run that failed knows no defaults"
 
 
 def best_scale(folder: Path, task: str, method: str) -> float:

@@ -361,7 +361,10 @@ VALUES: dict[str, tuple[list[str], Sequence[str]]] = {
     "layers in a grid": (["--strategy", "grid", "--layer-ranks", "pooled"], ["layer_ranks has no effect", "shrink"]),
     "a weight of nothing": (["--penalty-weight", "0.1"], ["penalty_weight has no effect", "parameters or bytes"]),
     "a share beside a price": (["--penalty", "bytes", "--kappa", "0.1"], ["kappa has no effect", "penalty log2"]),
-    "no error to prefer by": (["--rule", "argmin", "--prefer", "small"], ["prefer has no effect", "rule one_se"]),
+    "no error to prefer by": (
+        ["--rule", "argmin", "--prefer", "small"],
+        ["prefer has no effect", "other than argmin"],
+    ),
     "no such file": (["--config", "nowhere.yaml"], ["cannot read the configuration nowhere.yaml", "No such file"]),
 }
 

@@ -13,6 +13,7 @@ import gc
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle
@@ -208,29 +209,46 @@ def test_the_average_beside_graphs() -> None:
         assert (found != last).all()
 
 
+class Circle:
+    """What only Python's search for garbage finds."""
+
+    def __init__(self, held: object) -> None:
+        self.held, self.itself = held, self
+
+
 def test_a_capture_outlives_the_graphs_of_another_training() -> None:
-    """They are garbage in a circle, and Python would look for some every few allocations."""
-
-    class Circle:
-        def __init__(self, held: object) -> None:
-            self.held, self.itself = held, self
-
+    """A graph becomes garbage when a capture has just begun, and Python would look for some every few allocations."""
     model = prepared()
     expected, _ = trained(model, replace(RECIPE, graphs=True))
-    threshold = gc.get_threshold()
-    for _ in range(3):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            torch.zeros(1, device="cuda")
-        gc.set_threshold(10_000_000)
-        Circle(graph)
-        del graph
-        gc.set_threshold(20)
-        try:
-            losses, _ = trained(model, replace(RECIPE, graphs=True))
-        finally:
-            gc.set_threshold(*threshold)
-        assert (losses - expected).abs().max() < 0.02
+    stray = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(stray):
+        torch.zeros(1, device="cuda")
+    circle = Circle(stray)
+    found, left, threshold = weakref.ref(circle), [circle], gc.get_threshold()
+    del stray, circle
+    began, ended = torch.cuda.graph.__enter__, torch.cuda.graph.__exit__
+    alive = []
+
+    def beginning(self: torch.cuda.graph) -> None:
+        began(self)
+        left.clear()
+        gc.set_threshold(1)
+
+    def ending(self: torch.cuda.graph, *args: object) -> None:
+        alive.append(found() is not None)
+        gc.set_threshold(*threshold)
+        ended(self, *args)
+
+    torch.cuda.graph.__enter__, torch.cuda.graph.__exit__ = beginning, ending
+    try:
+        losses, _ = trained(model, replace(RECIPE, graphs=True))
+    finally:
+        torch.cuda.graph.__enter__, torch.cuda.graph.__exit__ = began, ended
+        gc.set_threshold(*threshold)
+    assert alive[0], "it was collected during the first capture"
+    assert (losses - expected).abs().max() < 0.02
+    gc.collect()
+    assert found() is None
 
 
 def test_graphs_take_the_memory_of_one_pass() -> None:

@@ -136,15 +136,20 @@ def built(total: int, **options: Any) -> Strategy:
 
 
 @pytest.mark.parametrize("strategy", ["shrink", "race", "grid"])
-def test_what_is_preferred_is_the_share_that_may_be_lost(strategy: Literal["shrink", "race", "grid"]) -> None:
+def test_what_is_preferred_is_the_share_and_the_rule(
+    strategy: Literal["shrink", "race", "grid"],
+) -> None:
     bank, fractions = Bank(tiny("llama")), (0.10, 0.20, 0.30)
     found = {}
     for prefer in ("quality", "balanced", "small"):
         config = RunConfig(model="m", data="d", strategy=strategy, prefer=prefer, ranks=(2, 4, 8))
         made = make_strategy(config, 100, bank, fractions, log2_penalty(0.0))
         assert isinstance(made, Shrink | Race | Grid)
-        found[prefer] = made.objective.share
-    assert found == {"quality": 0.01, "balanced": 0.04, "small": 0.08}
+        found[prefer] = made.objective.share, made.objective.rule
+        told = make_strategy(config.model_copy(update={"rule": "argmin"}), 100, bank, fractions, log2_penalty(0.0))
+        assert isinstance(told, Shrink | Race | Grid)
+        assert told.objective.rule == "argmin", "what is said counts"
+    assert found == {"quality": (0.01, "one_se"), "balanced": (0.04, "two_se"), "small": (0.08, "two_se")}
 
 
 def test_what_begins_with_one_candidate_is_opened_where_that_is_asked_for():

@@ -183,7 +183,7 @@ def an_arm(way: Way, rank: int, loss_N: list[float], candidate_steps: float = 1.
 
 
 def whole_run(**arms: Arm) -> Adaptive:
-    return Adaptive(unit=("sst2", 0), data="d", warmup=0.03, examples=400, arms=arms, fresh=FRESH)
+    return Adaptive(unit=("sst2", 0), data="d", warmup=0.03, examples=400, quantize="none", arms=arms, fresh=FRESH)
 
 
 CUT = an_arm("cut", 2, [1.0, 2, 3, 4], candidate_steps=1.3)
@@ -306,10 +306,10 @@ def test_arms_of_two_folders_are_put_together(tmp_path: Path):
     (run,) = records.adaptives(tmp_path, ("a", "b"))
     assert list(run.arms) == ["fixed", "shrink", "shrink-lr-one", "race-one", "grid-one"]
     assert run.arms["fixed"].candidate_steps == 1
-    second["data_sha256"] = "other"
-    (tmp_path / "b" / "x.json").write_text(json.dumps(second))
-    with pytest.raises(ValueError, match="different rows"):
-        records.adaptives(tmp_path, ("a", "b"))
+    for other in ({"data_sha256": "other"}, {"quantize": "fp8"}):
+        (tmp_path / "b" / "x.json").write_text(json.dumps(second | other))
+        with pytest.raises(ValueError, match="differ in rows"):
+            records.adaptives(tmp_path, ("a", "b"))
 
 
 def test_how_an_adaptive_run_came_to_its_rank():

@@ -29,7 +29,7 @@ def argmin(curve: Curve) -> int:
 
 
 def one_se(curve: Curve) -> int:
-    """The smallest rank within one paired standard error of the lowest loss: rankrace's default."""
+    """The smallest rank within one paired standard error of the lowest loss: rankrace's default before the share."""
     return 1 + int(np.argmax(curve.loss_r <= curve.loss_r.min() + curve.se_r))
 
 

@@ -54,7 +54,7 @@ class RunConfig(BaseModel):
     refine: bool = True
     """Search the integers between the grid points too."""
     prefer: Literal["quality", "balanced", "small"] = "balanced"
-    """A smaller rank may lose 1%, 4% or 8% of what rank itself buys, or what the noise hides (rule)."""
+    """A smaller rank may lose 1%, 4% or 8% of what rank itself buys, or what the noise hides (see rule)."""
     penalty: Literal["log2", "parameters", "bytes"] = "log2"
     """log2: κ·G·log2(r). parameters, bytes: λ·p(r), p the adapter's parameters per base parameter, or bytes."""
     penalty_weight: Annotated[float, Field(ge=0)] = 0.0

@@ -65,7 +65,7 @@ def refuse_idle(config: RunConfig) -> None:
         ("layer_ranks", config.layer_ranks != "uniform" and config.strategy != "shrink", "strategy shrink"),
         ("penalty_weight", config.penalty_weight > 0 and config.penalty == "log2", "penalty parameters or bytes"),
         ("kappa", config.kappa > 0 and config.penalty != "log2", "penalty log2"),
-        ("prefer", config.prefer != "balanced" and config.rule == "argmin", "rule one_se or two_se"),
+        ("prefer", config.prefer != "balanced" and config.rule == "argmin", "a rule other than argmin"),
     ]
     for option, is_idle, needs in idle:
         if is_idle:

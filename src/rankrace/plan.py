@@ -12,7 +12,7 @@ from rankrace.bank.candidates import padded
 from rankrace.config import RunConfig
 from rankrace.data import Data
 from rankrace.data.encoded import Task
-from rankrace.select.build import opens, rule_of, widest
+from rankrace.select.build import opens, widest
 from rankrace.select.learning_rate import default_lr, rates_tried
 from rankrace.select.race import HEATS, PROBE
 from rankrace.select.shrink import PLANS, ladder
@@ -73,7 +73,6 @@ def resolved(config: RunConfig, data: Data, packed: PackedModel[Bank], task: Tas
     return config.model_copy(
         update={
             "task": task,
-            "rule": rule_of(config),
             "lr": config.lr or default_lr(width, config.scaling),
             "micro_tokens": fitting.with_graphs if graphs == "on" else fitting.plain,
             "device": str(model.device),

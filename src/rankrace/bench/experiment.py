@@ -209,7 +209,7 @@ def settings_of(experiment: Experiment, job: Job) -> dict[str, Any]:
 
     Of the model only the name: its folder is another on every machine. So is the engine, which is here as it would be
     without a GPU; a record's `config` says how it was. Another default of another version is not seen here, but by
-    `changed_defaults`.
+    `differences`.
     """
     config = config_of(experiment, job, Path(), "auto")
     given = config.model_dump(mode="json", exclude={"out", "device", "resume", "model"}, exclude_defaults=True)
@@ -226,11 +226,22 @@ CHOICE = {
 """Options that only methods read that choose a rank."""
 
 
-def changed_defaults(experiment: Experiment, job: Job, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Options of a record's `config` whose value is another now: then and now. Those that it lacks do not count."""
-    unread = MACHINE if find_method(job.method).chooses else MACHINE | CHOICE
-    now = config_of(experiment, job, Path(), "auto").model_dump(mode="json", exclude=unread)
-    return {name: (config[name], now[name]) for name in now if name in config and config[name] != now[name]}
+def differences(
+    experiment: Experiment, job: Job, settings: dict[str, Any], config: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """What is another now than in a record, given or as a default: then and now. What it does not know counts not.
+
+    Args:
+        settings: the record's, all that was no default then.
+        config: the record's, with the defaults of then; a run that failed has none.
+    """
+    unread = set() if find_method(job.method).chooses else CHOICE
+    defaults = config_of(experiment, job, Path(), "auto").model_dump(mode="json")
+    given = settings_of(experiment, job)
+    known = {**config, **settings}
+    named = {*given, *settings, *(defaults.keys() & config.keys()) - MACHINE} - unread
+    pairs = {name: (known.get(name), given.get(name, defaults.get(name))) for name in named}
+    return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
 
 
 def training_of(experiment: Experiment, job: Job) -> str:

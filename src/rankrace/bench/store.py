@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rankrace.bench.experiment import Experiment, Job, changed_defaults, fingerprint, settings_of
+from rankrace.bench.experiment import Experiment, Job, differences, fingerprint
 from rankrace.bench.record import SCHEMA, Record
 from rankrace.errors import RankraceError
 
@@ -207,12 +207,9 @@ def check(experiment: Experiment, records: dict[str, Record]) -> None:
             continue
         names = ("method", "task", "seed", "scale", "tuning")
         job = Job(**{name: record[name] for name in names})
-        now, then = settings_of(experiment, job), record["settings"]
-        keys = [k for k in {**now, **then} if then.get(k) != now.get(k)]
-        pairs = {k: (then.get(k), now.get(k)) for k in keys}
-        pairs |= changed_defaults(experiment, job, record.get("config", {}))
-        if pairs or fingerprint(now) != record["fingerprint"]:
-            differing = "; ".join(f"{k}: {before} there, {after} now" for k, (before, after) in pairs.items())
+        pairs = differences(experiment, job, record["settings"], record.get("config", {}))
+        if pairs or fingerprint(record["settings"]) != record["fingerprint"]:
+            differing = "; ".join(f"{k}: {before} there, {after} now" for k, (before, after) in sorted(pairs.items()))
             raise RankraceError(
                 f"{key} was run with other settings ({differing or 'unknown'})",
                 why="a table of runs with different settings compares nothing",
