@@ -103,6 +103,8 @@ def quieten() -> None:
     if downloads:
         enable_progress_bars()
     warnings.simplefilter("ignore", FutureWarning)
+    # Of torch, at the first backward pass on a GPU: it then sets the context, and all is well.
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
 
 
 def merged(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
