@@ -17,7 +17,8 @@ from scipy.stats import spearmanr
 
 from benchmarks.selection_records import Adaptive, Curve, Fresh, Sweep, Unit, Way
 from rankrace.select.objective import ERRORS
-from rankrace.select.statistics import paired_difference
+from rankrace.select.opening import MUCH, OFTEN
+from rankrace.select.statistics import CLEARLY, paired_difference
 
 LARGEST = 32
 """That the default may pick."""
@@ -41,6 +42,21 @@ def default_pick(curve: Curve, share: float) -> int | None:
     behind_K = curve.loss_K - curve.loss_K[best]
     slack_K = np.fmax(ERRORS["two_se"] * curve.se_KK[best], share * behind_K[alive[0]])
     return int(next(i for i in alive if behind_K[i] <= slack_K[i]))
+
+
+def clearly_better(curve: Curve, given: int, scales: Sequence[float], passes: float) -> int | None:
+    """As `--lr-scales` takes one (select/opening.py).
+
+    The given rate, unless another is clearly better, and much better where a raised one would see the rows often.
+    """
+    best = lowest(curve.loss_K)
+    if best is None or not np.isfinite(curve.loss_K[given]):
+        return best
+    behind = curve.loss_K[given] - curve.loss_K[best]
+    often = scales[best] > 1 and passes > OFTEN
+    if behind > CLEARLY * curve.se_KK[given, best] and not (often and behind <= MUCH * curve.loss_K[given]):
+        return best
+    return given
 
 
 def correlation(early_K: np.ndarray, end_K: np.ndarray) -> float:

@@ -22,6 +22,7 @@ from benchmarks.selection_statistics import (
     best_arm,
     best_arms,
     chances,
+    clearly_better,
     correlation,
     default_pick,
     ends_of,
@@ -29,7 +30,6 @@ from benchmarks.selection_statistics import (
     regret,
     tally,
 )
-from benchmarks.selection_tables import clearly_better
 from rankrace.select.objective import Held, Objective, Trial, log2_penalty
 
 FRESH = Fresh(tokens_N=np.full(4, 2), cluster_N=np.arange(4))
