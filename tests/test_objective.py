@@ -506,15 +506,16 @@ def test_the_sentence_with_a_penalty():
     )
 
 
-def test_the_sentence_of_a_smaller_rank_within_the_error():
+@pytest.mark.parametrize(("rule", "within"), [("one_se", "one standard error"), ("two_se", "two standard errors")])
+def test_the_sentence_of_a_smaller_rank_within_the_error(rule: Rule, within: str):
     held = held_out(400)
-    verdict = judge({1: 2.2, 4: 2.002, 16: 2.0}, rule="one_se", noise=0.05, held=held)
+    verdict = judge({1: 2.2, 4: 2.002, 16: 2.0}, rule=rule, noise=0.05, held=held)
     assert (verdict.pick, verdict.best) == (4, 16)
     errors = {r: f"{verdict.at(r).se:.4f}" for r in (1, 4)}
     assert sentence(seen(verdict), share=0.025, examples=400) == (
         "ranks 4 to 16 cannot be told apart on this validation set, and 4 is the smallest: "
-        f"0.0020 ± {errors[4]} nats behind the best, rank 16; rank 1 is 0.2000 ± {errors[1]} behind; "
-        "measured on 400 held-out examples after 2.5% of the training: so it was."
+        f"0.0020 ± {errors[4]} nats behind the best, rank 16 (within {within}); rank 1 is 0.2000 ± {errors[1]} "
+        "behind; measured on 400 held-out examples after 2.5% of the training: so it was."
     )
 
 

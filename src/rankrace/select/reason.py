@@ -31,11 +31,11 @@ def reason(look: Look, *, share: float, examples: int) -> str:
     elif pick.objective - best.objective <= v.errors * pick.se:
         alike = like_the_pick(v)
         within = {1.0: "one standard error", 2.0: "two standard errors"}[v.errors]
-        words = f"rank {pick.rank} is the smallest within {within}"
+        far = f"{behind(pick, best)} nats behind the best, rank {best.rank}"
+        words = f"rank {pick.rank} is the smallest within {within}: {far}"
         if alike.rank != pick.rank:
             words = f"ranks {pick.rank} to {alike.rank} cannot be told apart on this validation set, and {pick.rank} "
-            words += "is the smallest"
-        words += f": {behind(pick, best)} nats behind the best, rank {best.rank}"
+            words += f"is the smallest: {far} (within {within})"
     else:
         words = (
             f"rank {pick.rank} is {behind(pick, best)} nats behind the best, rank {best.rank}, "
