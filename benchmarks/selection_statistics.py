@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.selection_records import Adaptive, Curve, Fresh, Sweep, Unit, Way
 from rankrace.select.objective import ERRORS
-from rankrace.select.opening import MUCH, OFTEN
+from rankrace.select.opening import may_remember
 from rankrace.select.statistics import CLEARLY, paired_difference
 
 LARGEST = 32
@@ -53,10 +53,9 @@ def clearly_better(curve: Curve, given: int, scales: Sequence[float], passes: fl
     if best is None or not np.isfinite(curve.loss_K[given]):
         return best
     behind = curve.loss_K[given] - curve.loss_K[best]
-    often = scales[best] > 1 and passes > OFTEN
-    if behind > CLEARLY * curve.se_KK[given, best] and not (often and behind <= MUCH * curve.loss_K[given]):
-        return best
-    return given
+    if not behind > CLEARLY * curve.se_KK[given, best]:
+        return given
+    return given if may_remember(scales[best], passes, behind, curve.loss_K[given]) else best
 
 
 def correlation(early_K: np.ndarray, end_K: np.ndarray) -> float:

@@ -157,16 +157,27 @@ SPOILT = "scitldr"
 """The task whose loss at raised rates, when rows come back the third time, outweighs all others in a mean."""
 
 
+RateNamed = Callable[[Curve, int, Sequence[float], float], int | None]
+"""(the rates of one rank, which was given, their scales, passes over the rows) → which is named."""
+
+
+def lowest_rate(curve: Curve, given: int, scales: Sequence[float], passes: float) -> int | None:
+    return lowest(curve.loss_K)
+
+
+RATE_WAYS: dict[str, tuple[str, RateNamed]] = {
+    "the values as they are": ("direct", lowest_rate),
+    "their average": ("averaged", lowest_rate),
+    "their average, as --lr-scales does": ("averaged", clearly_better),
+}
+"""How it is measured, and which of the rates is taken."""
+
+
 def learning_rates(sweeps: Sequence[Sweep]) -> None:
     """Which multiple a look names for one rank."""
     print("### Learning rates: the multiple that a look names for r = 64, and its regret at the end\n")
     shares = [look.share for look in sweeps[0].looks]
-    ways = {
-        "the values as they are": ("direct", False),
-        "their average": ("averaged", False),
-        "their average, as --lr-scales does": ("averaged", True),
-    }
-    for words, (how, in_doubt_the_given) in ways.items():
+    for words, (how, name) in RATE_WAYS.items():
         rows, found = [], []
         for s in sweeps:
             for rank in dict.fromkeys(s.ranks):
@@ -176,12 +187,7 @@ def learning_rates(sweeps: Sequence[Sweep]) -> None:
                 missed, cells = [], []
                 for look in s.looks:
                     curve = shown(look, how, 1.0, at)
-                    if curve is None:
-                        chosen = None
-                    elif in_doubt_the_given:
-                        chosen = clearly_better(curve, given, scales, s.passes)
-                    else:
-                        chosen = lowest(curve.loss_K)
+                    chosen = None if curve is None else name(curve, given, scales, s.passes)
                     missed.append(regret(chosen, s.loss_K[at]))
                     cells.append("" if chosen is None else f"{scales[chosen]:g} ({missed[-1]:.4f})")
                 missed.append(regret(given, s.loss_K[at]))
@@ -191,7 +197,7 @@ def learning_rates(sweeps: Sequence[Sweep]) -> None:
                     rows.append([named(s.unit), *cells, f"1 ({missed[-1]:.4f})", f"{best:g}"])
         for task in (None, SPOILT):
             for only_wide, ranks in ((True, "r = 64"), (False, "all ranks")):
-                kept = [x for name, wide, x in found if name != task and (wide or not only_wide)]
+                kept = [x for of, wide, x in found if of != task and (wide or not only_wide)]
                 label = f"mean, {ranks} ({len(kept)})" + (f", without {task}" if task else "")
                 rows.append([f"**{label}**", *map(nats, mean(kept)), ""])
         print(f"By {words}:\n")

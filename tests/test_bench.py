@@ -157,7 +157,7 @@ def test_a_grid_runs_fills_what_is_missing_and_becomes_a_table(tmp_path: Path, b
     assert_refused(run(other), "other settings", "batch_size: 4 there, 8 now")
 
 
-def test_a_record_of_other_defaults(tmp_path: Path, bert: Path) -> None:
+def test_a_record_of_other_defaults(tmp_path: Path) -> None:
     """What a method does not read counts not; and the old default can be put back, whoever has it in his settings."""
     experiment = Experiment(name="x", model="m", methods=("lora-r8", "shrink"), tasks=("rte",))
     pinned = experiment.model_copy(update={"common": {"rule": "one_se", "ranks": [2, 4]}})

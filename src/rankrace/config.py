@@ -61,7 +61,7 @@ class RunConfig(BaseModel):
     """λ, in nats, of the penalties parameters and bytes."""
     kappa: Annotated[float, Field(ge=0)] = 0.0
     """The share of the whole gain in loss that a doubling of the rank must buy."""
-    rule: Literal["auto", "one_se", "two_se", "argmin"] = "auto"
+    rule: Literal["auto", Rule] = "auto"
     """one_se, two_se: the smallest rank whose objective is within one or two paired standard errors of the best;
     argmin: the best itself. auto: one_se to prefer quality, two_se otherwise."""
     lr_scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=8)] = (1.0,)

@@ -28,6 +28,17 @@ MUCH = 0.05
 by 1% at most; a rate that is far too low is behind by much more."""
 
 
+def may_remember(scale: float, passes: float, behind: float, loss: float) -> bool:
+    """Whether a rate is raised, and ahead by no more than what such a one loses again where rows are seen often.
+
+    Args:
+        scale: of the learning rate.
+        passes: over the rows, to the end of the training.
+        behind: by how much the given rate is behind it, and at what loss. Nats per supervised token.
+    """
+    return scale > 1 and passes > OFTEN and behind <= MUCH * loss
+
+
 @dataclass(frozen=True, kw_only=True)
 class Opening:
     """Args:
@@ -101,7 +112,7 @@ class Opening:
         # Where the error is unknown nothing is clearly better.
         pick = given if np.isfinite(behind) and not behind > CLEARLY * se else best
         seen, note = round(held.epochs * self.total_steps / step, 6), ""
-        if self.scales[pick] > 1 and seen > OFTEN and behind <= MUCH * losses[given]:
+        if may_remember(self.scales[pick], seen, behind, losses[given]):
             note = (
                 f"{self.scales[pick]:g} times --lr is better by {behind:.4f} ± {se:.4f} nats after {step} steps, "
                 f"and was not taken: rows will be seen {seen:.1f} times, and what a raised rate gains before "
