@@ -20,15 +20,23 @@ import sys
 import tarfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 FOLDERS = ("results", "benchmarks/results")
 
 
 def records(root: Path, since: float) -> list[Path]:
-    """What is new or changed; no file that is being written."""
-    found = (p for folder in FOLDERS for p in (root / folder).rglob("*") if p.is_file())
-    return sorted(p for p in found if p.stat().st_mtime >= since and p.suffix != ".partial" and p.name[0] != ".")
+    """What is new or changed; no file that is being written, and no checkpoint of a run in progress (work/)."""
+    found = []
+    for folder in FOLDERS:
+        for path in (root / folder).rglob("*"):
+            if path.suffix == ".partial" or path.name[0] == "." or "work" in path.relative_to(root).parts:
+                continue
+            with suppress(FileNotFoundError):  # gone since it was listed
+                if path.is_file() and path.stat().st_mtime >= since:
+                    found.append(path)
+    return sorted(found)
 
 
 def pack(to: Path, root: Path, since: float) -> None:
@@ -36,7 +44,8 @@ def pack(to: Path, root: Path, since: float) -> None:
     partial = to.with_name(f".{to.name}")
     with tarfile.open(partial, "w:xz") as archive:
         for path in records(root, since):
-            archive.add(path, path.relative_to(root))
+            with suppress(FileNotFoundError):
+                archive.add(path, path.relative_to(root))
     partial.rename(to)
 
 

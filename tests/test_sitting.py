@@ -50,3 +50,23 @@ def test_what_runs_when_the_time_is_up_is_stopped(tmp_path: Path, monkeypatch: p
     assert found == {"results/a/a.json": "one"}
     assert time.monotonic() - began < 30
     assert (tmp_path / "a.tar.xz.done").read_text().splitlines()[-1].startswith("stopped ")
+
+
+def test_a_file_that_goes_while_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once cost a sitting its records: runs delete checkpoints all the time. Those are not packed, nor anything that
+    is gone between the listing and its turn."""
+    for name in ("runs/a.json", "runs/b.json", "runs/c.json", "work/a/state.json"):
+        path = tmp_path / "results" / "x" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    listed = sitting.records
+
+    def and_gone(root: Path, since: float) -> list[Path]:
+        found = listed(root, since)
+        (tmp_path / "results/x/runs/b.json").unlink()
+        return found
+
+    monkeypatch.setattr(sitting, "records", and_gone)
+    sitting.pack(tmp_path / "a.tar.xz", tmp_path, 0.0)
+    with tarfile.open(tmp_path / "a.tar.xz") as archive:
+        assert archive.getnames() == ["results/x/runs/a.json", "results/x/runs/c.json"]
