@@ -97,7 +97,17 @@ class Arm:
     """Arms measured for the choice, summed over its looks, each on `looked` examples."""
     looked: int
     loss_N: np.ndarray
+    """What was delivered; of fixed the last step, as people train it."""
     ends: "Ends | None" = None
+
+    @property
+    def last_N(self) -> np.ndarray:
+        return self.ends.last_N if self.ends else self.loss_N
+
+    @property
+    def chosen_N(self) -> np.ndarray:
+        """As the examples that chose have it, of fixed too."""
+        return self.ends.average_N if self.ends and self.ends.averaged else self.last_N
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,9 +117,8 @@ def ends_of(sweeps: Iterable[Sweep], adaptives: Iterable[Adaptive]) -> list[End]
     for run in adaptives:
         for arm in run.arms.values():
             setting = (run.data, run.warmup, arm.scale, *([arm.step] if arm.way == "cut" else []))
-            last_N = arm.ends.last_N if arm.ends else arm.loss_N
             found.append(
-                End(unit=run.unit, way=arm.way, setting=setting, rank=arm.rank, loss_N=last_N, fresh=run.fresh)
+                End(unit=run.unit, way=arm.way, setting=setting, rank=arm.rank, loss_N=arm.last_N, fresh=run.fresh)
             )
     return found
 
@@ -168,6 +167,13 @@ def chances(ends: Iterable[End]) -> dict[str, Chance]:
         task: Chance(pairs=len(pairs), rms=rms([d for d, _ in pairs]), se=rms([se for _, se in pairs]))
         for task, pairs in found.items()
     }
+
+
+def over_runs(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error, s/√n: of units, which differ in task and seed. NaN from one."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(
+        values
+    ) > 1 else math.nan
 
 
 def rms(values: Sequence[float]) -> float:

@@ -5,6 +5,7 @@ Shapes: K arms, N fresh examples.
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks import selection_records as records
+from benchmarks import selection_runs
 from benchmarks import selection_tables as tables
-from benchmarks.selection_records import Adaptive, Arm, Curve, Fresh, Look, Sweep, Way
+from benchmarks.selection_records import Adaptive, Arm, Curve, Ends, Fresh, Look, Sweep, Way
 from benchmarks.selection_statistics import (
     Chance,
     Difference,
@@ -27,6 +29,7 @@ from benchmarks.selection_statistics import (
     default_pick,
     ends_of,
     lowest,
+    over_runs,
     regret,
     tally,
 )
@@ -191,7 +194,61 @@ CUT = an_arm("cut", 2, [1.0, 2, 3, 4], candidate_steps=1.3)
 
 def test_the_cost_counts_measurements_as_half_a_step():
     """Nine arms and the base on 8 examples: 80 examples forward, of the 400 that a training takes both ways."""
-    assert tables.cost(whole_run(shrink=CUT), "shrink") == pytest.approx(1.3 + 0.1)
+    assert selection_runs.cost(whole_run(shrink=CUT), "shrink") == pytest.approx(1.3 + 0.1)
+
+
+def test_the_error_over_runs_is_that_of_their_mean():
+    mean, error = over_runs([1.0, 2.0, 3.0, 6.0])
+    assert mean == 3
+    assert error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3) / 2)
+    assert math.isnan(over_runs([1.0])[1])
+
+
+def ending(last: float, average: float, averaged: bool) -> Ends:
+    """Nats of each of the four examples; two tokens each."""
+    return Ends(last_N=np.full(4, last), average_N=np.full(4, average), averaged=averaged)
+
+
+def test_each_end_is_held_against_its_like(capsys: pytest.CaptureFixture[str]):
+    """One run whose rows came back, one whose did not: an average is only in the first."""
+    ours, theirs = ending(1.0, 0.6, averaged=True), ending(2.0, 0.4, averaged=False)
+    back = whole_run(
+        fixed=replace(an_arm("alone", 16, [2.0] * 4), ends=theirs),
+        shrink=replace(an_arm("cut", 2, [0.6] * 4), ends=ours),
+    )
+    once = whole_run(fixed=an_arm("alone", 16, [1.0] * 4), shrink=an_arm("cut", 2, [3.0] * 4))
+    selection_runs.by_end([back, once])
+    # Last: −0.5 and +1; average: +0.1; as they were chosen: 0.6 against 2, and +1.
+    row = "| shrink | +0.2500 ± 0.7500, 1 / 2 | +0.1000 ± nan, 0 / 1 | +0.1500 ± 0.8500, 1 / 2 |"
+    assert row in capsys.readouterr().out
+
+
+def test_strategies_are_held_against_the_default(capsys: pytest.CaptureFixture[str]):
+    one = whole_run(fixed=an_arm("alone", 16, [9.0] * 4), shrink=CUT, race=an_arm("own", 2, [1.0, 2, 1, 2]))
+    other = whole_run(shrink=CUT, race=an_arm("own", 2, [3.0, 4, 5, 6]))
+    without = whole_run(shrink=CUT)
+    selection_runs.among_themselves([one, other, without])
+    # −4 and +8 nats over 8 tokens.
+    assert "| race | 2 | +0.2500 ± 0.7500 | +0.2500 | 1 : 1 |" in capsys.readouterr().out
+
+
+def test_fewer_bits_are_held_against_the_same_unit_in_16(capsys: pytest.CaptureFixture[str]):
+    bits = replace(whole_run(shrink=an_arm("cut", 3, [2.0, 3, 4, 5])), quantize="fp8")
+    elsewhere = replace(bits, data="other rows")
+    selection_runs.in_fewer_bits([bits, elsewhere], [whole_run(shrink=CUT)])
+    printed = capsys.readouterr().out
+    assert printed.count("sst2, seed 0") == 1
+    assert "| sst2, seed 0 | fp8 | shrink | 3, 2 | +0.5000 ± 0.0000 | +0.5000 ± 0.0000 |" in printed
+
+
+def test_ways_of_cutting_are_held_against_the_plain_cut(capsys: pytest.CaptureFixture[str]):
+    ends = [[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]
+    record = {**COMMON, "lr_scale": 1.0, "arms": ["kept", "cut-4", "warm-4"], "fresh": {"per_example": ends}}
+    tables.after_cut([record])
+    kept, plain = capsys.readouterr().out.split("that of the plain cut")
+    assert "| warm-4 | +1.5000 ± 0.0000 |" in kept
+    assert "| warm-4 | +1.0000 ± 0.0000 |" in plain
+    assert "cut-4 |" not in plain
 
 
 def test_runs_of_the_sweep_and_whole_runs_are_paired():
