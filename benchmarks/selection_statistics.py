@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from benchmarks.selection_records import Adaptive, Curve, Fresh, Sweep, Unit, Way
-from rankrace.select.objective import ERRORS
+from rankrace.select.objective import ERRORS, smallest_within
 from rankrace.select.opening import may_remember
 from rankrace.select.statistics import CLEARLY, paired_difference
 
@@ -38,10 +38,9 @@ def default_pick(curve: Curve, share: float) -> int | None:
     best = lowest(curve.loss_K)
     if best is None:
         return None
-    alive = np.flatnonzero(np.isfinite(curve.loss_K))
-    behind_K = curve.loss_K - curve.loss_K[best]
-    slack_K = np.fmax(ERRORS["two_se"] * curve.se_KK[best], share * behind_K[alive[0]])
-    return int(next(i for i in alive if behind_K[i] <= slack_K[i]))
+    loss_K = np.where(np.isfinite(curve.loss_K), curve.loss_K, np.inf)
+    bought = float(loss_K[np.isfinite(loss_K)][0] - loss_K[best])
+    return smallest_within(loss_K.tolist(), curve.se_KK[best].tolist(), best, ERRORS["two_se"], share * bought)
 
 
 def clearly_better(curve: Curve, given: int, scales: Sequence[float], passes: float) -> int | None:

@@ -17,7 +17,7 @@ from rankrace.errors import RankraceError
 from rankrace.options import checked
 from rankrace.select.build import SHARES, penalty_of
 from rankrace.select.objective import Held, Objective, Penalty, Trial, Verdict, linear_penalty, log2_penalty
-from rankrace.select.reason import is_confident, reason
+from rankrace.select.reason import doubt, is_confident, reason
 from rankrace.select.strategy import Edge, Look, Train
 
 FREE = log2_penalty(0.0)
@@ -174,6 +174,16 @@ def test_linear_penalty_takes_parameters_bytes_or_what_the_user_says():
     only_small = linear_penalty(1.0, lambda r: 0.0 if r <= 4 else math.inf)
     assert judge(curve, only_small).pick == 4
     assert judge(curve, share, held=held_out(base=300.0)).pick == 8
+
+
+def test_prices_that_are_no_numbers_are_refused():
+    curve = {2: 2.2, 4: 2.1}
+    for prices in ({2: math.nan, 4: 0.0}, {2: 0.0, 4: math.nan}, {2: -math.inf, 4: 0.0}, {2: math.inf, 4: math.inf}):
+        with pytest.raises(RankraceError, match="prices of ranks are no numbers, or rule all of them out"):
+            judge(curve, linear_penalty(1.0, prices.__getitem__))
+    assert judge(curve, linear_penalty(1.0, {2: math.inf, 4: 0.0}.__getitem__), rule="two_se").pick == 4
+    with pytest.raises(RankraceError, match="rule all of them out"):  # the only one that may be had has diverged
+        judge(curve | {8: math.nan}, linear_penalty(1.0, {2: math.inf, 4: math.inf, 8: 0.0}.__getitem__))
 
 
 # --- a share of what rank itself buys
@@ -562,3 +572,21 @@ def test_confidence():
     assert not is_confident(seen(judge({4: math.nan, 8: 2.0, 16: 2.1}, noise=0.05, held=held)))
     # Next to the upper edge.
     assert not is_confident(seen(judge({4: 2.1, 14: 2.0, 16: 2.1}, held=held)))
+
+
+def test_confidence_holds_the_pick_against_its_neighbour_not_the_neighbour_against_the_best():
+    """Rank 4 is more than two errors behind the best, 16: that is how the rule came to 8, which is itself 1.5 errors
+    behind. Between 4 and 8 there is nothing to be told, so another seed may as well choose 4."""
+    held = held_out(400, base=4.0)
+    one = float(np.sqrt(2 / 400) * 0.1)  # about one paired error
+    curve = {1: 3.0, 4: 2.0 + 2.6 * one, 8: 2.0 + 1.5 * one, 16: 2.0, 64: 2.0}
+    verdict = judge(curve, rule="two_se", noise=0.1, held=held)
+    assert (verdict.pick, verdict.best) == (8, 16)
+    assert verdict.at(4).objective - verdict.at(16).objective > 2 * verdict.at(4).se
+    assert verdict.smaller is not None
+    assert (verdict.smaller.rank, verdict.smaller.behind) == (4, pytest.approx(1.1 * one))
+    assert 0 < verdict.smaller.behind < 2 * verdict.smaller.se
+    why = doubt(seen(verdict))
+    assert why is not None
+    assert "nats behind it, which the paired errors do not tell from nothing" in why
+    assert is_confident(seen(judge(curve | {4: 2.0 + 9 * one}, rule="two_se", noise=0.1, held=held)))

@@ -32,7 +32,7 @@ from rankrace.select.learning_rate import scale_at
 from rankrace.select.objective import Objective, Trial, log2_penalty
 from rankrace.select.opening import Opening
 from rankrace.select.race import Race
-from rankrace.select.reason import is_confident
+from rankrace.select.reason import doubt, is_confident
 from rankrace.select.search import SearchState
 from rankrace.select.shrink import Shrink
 from rankrace.select.strategy import Keep, Look, Start, Strategy
@@ -288,9 +288,20 @@ def test_the_edge_of_the_rates_is_said():
 
 
 def test_what_chance_makes_is_said_where_nothing_is_sure():
-    (unsure,) = doubts(8, decision(confident=False, chance=0.0123))
-    assert "from its neighbours, or not by twice what chance makes of two equal trainings (0.0123 nats)." in unsure
-    assert "chance" not in doubts(8, decision(confident=False))[0]
+    measured = Curves(held=held_out(400), ranks=(WIDE,), truncation=lambda rank: 2.0, noise=0.001)
+    measured.own = {r: {4: 2.1, 8: 2.0}.get(r, 2.2) for r in range(1, WIDE + 1)}
+    measured.ranks = (4, 8, WIDE)
+    verdict = OBJECTIVE.judge(measured.direct(), measured.held)
+    why = doubt(Look(step=20, verdict=verdict, action=Keep(indices=(1,)), chance=0.0623))
+    assert why is not None
+    assert why.startswith("rank 4 is 0.1000 ± ")
+    assert why.endswith(" nats behind it, and two equal trainings differ by 0.0623")
+    (unsure,) = doubts(8, decision(confident=False, doubt=why))
+    assert unsure == f"Not confident: {why}. Another seed may choose another rank."
+    (old,) = doubts(8, decision(confident=False))
+    assert old.startswith("Not confident: the paired errors do not bear this rank out."), (
+        "records that do not say why"
+    )
 
 
 # --- the initial factors

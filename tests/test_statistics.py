@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from rankrace.select.statistics import mean_and_se, paired_difference
+from rankrace.select.statistics import clearly, mean_and_se, paired_difference
 
 
 def documents(rng: np.random.Generator, C: int, delta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -115,3 +115,29 @@ def test_few_documents_cover_less(documents_: int, covered: float):
         d, se = paired_difference(d_N, 0 * d_N, tokens_N, np.arange(documents_))
         hits += abs(d - 0.01) <= 1.96 * se
     assert hits / 2000 == pytest.approx(covered, abs=0.044)
+
+
+@pytest.mark.parametrize("documents_", [2, 3, 4, 8, 12, 200])
+def test_few_documents_are_seldom_called_clear(documents_: int):
+    """Two equal candidates: the error is estimated from the documents there are, and with few of them is often far
+    too small. At most 5% of such differences, of either sign, may pass for one."""
+    rng, tokens_N, cluster_N = (
+        np.random.default_rng(documents_),
+        np.ones(4 * documents_),
+        np.arange(4 * documents_) // 4,
+    )
+    clear, two_errors = [], []
+    for _ in range(2000):
+        a_N = rng.normal(size=documents_).repeat(4)
+        d, se = paired_difference(a_N, np.zeros_like(a_N), tokens_N, cluster_N)
+        clear.append(clearly(abs(d), se, documents_))
+        two_errors.append(abs(d) > 2 * se)
+    assert np.mean(clear) <= 0.062  # 5%, and three errors of 2,000 draws
+    assert np.mean(two_errors) > 0.25 or documents_ > 2, "what it guards from"
+
+
+def test_what_is_unknown_is_never_clear():
+    assert not clearly(1.0, float("nan"), 1)
+    assert not clearly(1.0, float("nan"), 9)
+    assert clearly(1.0, 0.0, 2)
+    assert not clearly(0.0, 0.0, 2)

@@ -265,7 +265,7 @@ def test_ranks_of_their_own_for_the_layers_must_be_clearly_better(gain: float, t
     assert look.verdict.pick == 8
     allocation = {"q_proj": 9, "v_proj": 7} if taken else None
     assert look.action == Cut(index=0, ranks=(8,), allocation=allocation)
-    said = "from 7 to 9 by layer are better by" if taken else "from 7 to 9 by layer are no better"
+    said = "from 7 to 9 by layer are better by" if taken else "from 7 to 9 by layer are not clearly better"
     assert said in look.reason
     assert run(shrink(), [measured])[-1].action == Cut(index=0, ranks=(8,)), "only where it was asked for"
 

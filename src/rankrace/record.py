@@ -30,7 +30,7 @@ from rankrace.result import (
 )
 from rankrace.result import Ending as EndingRecord
 from rankrace.select.ending import Difference, Ending
-from rankrace.select.reason import is_confident, reason
+from rankrace.select.reason import doubt, reason
 from rankrace.select.statistics import mean_and_se
 from rankrace.session import Session
 from rankrace.training.loop import Measured
@@ -167,7 +167,9 @@ def decision_of(session: Session, rise: Difference | None = None) -> Decision:
         fraction=look.step / session.trainer.total,
         edge=look.edge,
         capped=look.capped,
-        confident=is_confident(look),
+        confident=(why_not := doubt(look)) is None,
+        doubt=why_not,
+        clusters=look.verdict.clusters,
         lr_scale=look.lr_scale,
         lr_edge=lr_edge(session),
         chance=look.chance,

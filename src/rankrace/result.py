@@ -100,6 +100,10 @@ class Decision(_Record):
     """Whether the limit of the search forced the decision before it was stable."""
     confident: bool
     """Whether the paired standard errors bear the choice out."""
+    doubt: str | None = None
+    """If not, why."""
+    clusters: int | None = None
+    """Independent groups (documents) of the examples that chose; errors are estimated from them."""
     lr_scale: float = 1.0
     """The multiple of the rank's own learning rate that was chosen (--lr-scales). Of one above 1, ranks smaller than
     that it was tried at use only a part."""

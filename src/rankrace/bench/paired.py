@@ -10,15 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rankrace.bench.record import Record
-from rankrace.select.statistics import paired_difference
-
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5% points of Student's t with 1 to 10 degrees of freedom."""
-
-
-def t_975(freedom: int) -> float:
-    """With more of them by its limit and the first term towards it, right to 0.01."""
-    return T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.5 / freedom
+from rankrace.select.statistics import paired_difference, t_975
 
 
 @dataclass(frozen=True, kw_only=True)

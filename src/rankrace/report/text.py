@@ -9,7 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rankrace.result import Candidate, Decision, Result
 from rankrace.select.reason import HOW
-from rankrace.select.statistics import CLEARLY
+from rankrace.select.statistics import clearly
+
+MANY = 1000
+"""Groups of examples, where an older record does not say how many there were."""
 
 
 def count(number: float) -> str:
@@ -113,7 +116,7 @@ def warnings(result: Result) -> list[str]:
             "Check the data with rankrace preview and the learning rate."
         )
     rise, error = result.decision.rise, result.decision.rise_se
-    if rise is not None and error is not None and rise > CLEARLY * error:
+    if rise is not None and error is not None and clearly(rise, error, result.decision.clusters or MANY):
         found.append(
             f"Overfitting: since the rank was chosen, at {percent(result.decision.fraction)} of training, the "
             f"validation loss has risen by {rise:.4f} ± {error:.4f} nats, on the examples that chose it. Fewer "
@@ -145,16 +148,9 @@ def doubts(rank: int, decision: Decision) -> list[str]:
             f"Decided at the limit: the choice had not settled by the last look, after "
             f"{percent(decision.fraction)} of training."
         )
-    if not decision.confident and not found and rank == 1:
-        found.append("Not confident: there is no smaller rank than 1 to hold it against.")
-    elif not decision.confident and not found:  # either of the above is why
-        twins = ""
-        if decision.chance is not None:
-            twins = f", or not by twice what chance makes of two equal trainings ({decision.chance:.4f} nats)"
-        found.append(
-            f"Not confident: the paired errors do not separate this rank from its neighbours{twins}. "
-            "Another seed may choose another rank."
-        )
+    if not decision.confident and not found:  # either of the above is why
+        end = "" if rank == 1 else " Another seed may choose another rank."
+        found.append(f"Not confident: {decision.doubt or 'the paired errors do not bear this rank out'}.{end}")
     if decision.lr_edge is not None:
         end, more = ("largest", "larger") if decision.lr_edge == "high" else ("smallest", "smaller")
         found.append(

@@ -12,10 +12,12 @@ import numpy as np
 
 from rankrace.config import Rule
 from rankrace.errors import RankraceError
-from rankrace.select.statistics import CLEARLY, paired_difference
+from rankrace.select.statistics import clearly, paired_difference
 
 ERRORS: dict[Rule, float] = {"argmin": 0.0, "one_se": 1.0, "two_se": 2.0}
 """Paired standard errors that a smaller rank may be behind."""
+CLEARLY_SMALLER = 3 / 4
+"""Next-door integers differ by less than any validation set resolves; a rank this much smaller is compared."""
 Source = Literal["direct", "truncated"]
 Edge = Literal["low", "high"] | None
 Penalty = Callable[[int, float], float]
@@ -42,6 +44,11 @@ class Held:
     """Loss of the base model without adapter, nats summed over each example."""
     epochs: float = 0.0
     """Passes over the training rows that were made so far."""
+
+    @property
+    def clusters(self) -> int:
+        """Independent groups of examples, from which standard errors are estimated."""
+        return len(np.unique(self.cluster_N))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,17 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Smaller:
+    """The largest measured rank that is clearly smaller than the pick, held against the pick."""
+
+    rank: int
+    behind: float
+    """By how much its objective is above the pick's."""
+    se: float
+    """Paired standard error; NaN where unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The curve, by rising rank, and the pick."""
 
@@ -85,6 +103,8 @@ class Verdict:
     """What rank buys: J(smallest rank) − min_r J(r)."""
     clusters: int
     """Independent groups of held-out examples, from which the standard errors are estimated."""
+    smaller: Smaller | None = None
+    """None: no such rank was measured."""
     errors: float = 1.0
     """Standard errors within which the pick may be behind the best."""
     by_heart: bool = False
@@ -117,6 +137,15 @@ class Verdict:
         return "high" if self.pick == largest or (self.best == largest and 2 * self.pick > largest) else None
 
 
+def smallest_within(objectives: Sequence[float], ses: Sequence[float], best: int, errors: float, slack: float) -> int:
+    """The first, by rising rank, that is behind the best by so many standard errors at most, or by `slack` nats.
+
+    An error that is unknown (NaN) lets nothing through.
+    """
+    allowed = np.maximum(errors * np.nan_to_num(ses), slack)
+    return next(i for i, o in enumerate(objectives) if o - objectives[best] <= allowed[i])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """Judges a curve.
@@ -142,7 +171,7 @@ class Objective:
             bought: what rank buys, where it is known from a curve that begins at a smaller rank.
 
         Raises:
-            RankraceError: no trial has a finite loss.
+            RankraceError: no trial has a finite loss, or a price is no number.
         """
         trials = sorted(trials, key=lambda t: t.rank)
         total = held.tokens_N.sum()
@@ -159,29 +188,39 @@ class Objective:
         objectives = [
             loss + p if math.isfinite(loss) else math.inf for loss, p in zip(losses, penalties, strict=True)
         ]
+        if not all(p > -math.inf for p in penalties) or min(objectives) == math.inf:  # NaN is not above either
+            priced = ", ".join(f"{t.rank}: {p:g}" for t, p in zip(trials, penalties, strict=True))
+            raise RankraceError(
+                f"prices of ranks are no numbers, or rule all of them out ({priced})",
+                why="the rank of lowest loss plus price is chosen",
+                fix="mend the function that prices ranks; infinity rules one out, but not all that trained",
+            )
         lowest = min(objectives)
         if bought is None:
             bought = next(o for o in objectives if math.isfinite(o)) - lowest
         # Sums in another order differ in the last digits; that is a tie too.
         tie = 1e-9 * abs(lowest)
         best = next(i for i, o in enumerate(objectives) if o <= lowest + tie)
-        ses = [
-            paired_difference(t.loss_N, trials[best].loss_N, held.tokens_N, held.cluster_N)[1]
-            if math.isfinite(loss)
-            else math.nan
-            for t, loss in zip(trials, losses, strict=True)
-        ]
+
+        def difference(a: int, b: int) -> tuple[float, float]:
+            return paired_difference(trials[a].loss_N, trials[b].loss_N, held.tokens_N, held.cluster_N)
+
+        ses = [difference(i, best)[1] if math.isfinite(loss) else math.nan for i, loss in enumerate(losses)]
         ses[best] = 0.0
         pick, by_heart = best, gain <= 0 and held.epochs > 1
         if by_heart:
             pick = next(i for i, o in enumerate(objectives) if math.isfinite(o))
         elif self.rule != "argmin":
-            slack = np.maximum(ERRORS[self.rule] * np.nan_to_num(ses), max(tie, self.share * bought))
-            pick = next(i for i, o in enumerate(objectives) if o <= objectives[best] + slack[i])
-        smallest, lowest_loss = losses.index(finite[0]), losses.index(min(finite))
-        behind, se = paired_difference(
-            trials[smallest].loss_N, trials[lowest_loss].loss_N, held.tokens_N, held.cluster_N
-        )
+            pick = smallest_within(objectives, ses, best, ERRORS[self.rule], max(tie, self.share * bought))
+        behind, se = difference(losses.index(finite[0]), losses.index(min(finite)))
+        below = [
+            i for i, t in enumerate(trials)
+            if math.isfinite(objectives[i]) and t.rank <= CLEARLY_SMALLER * trials[pick].rank
+        ]  # fmt: skip
+        smaller = None
+        if below:
+            i = below[-1]
+            smaller = Smaller(rank=trials[i].rank, behind=objectives[i] - objectives[pick], se=difference(i, pick)[1])
         points = tuple(
             Point(rank=t.rank, loss=loss, se=se, penalty=p, objective=o, source=t.source)
             for t, loss, se, p, o in zip(trials, losses, ses, penalties, objectives, strict=True)
@@ -192,8 +231,9 @@ class Objective:
             best=trials[best].rank,
             gain=gain,
             bought=bought,
-            clusters=len(np.unique(held.cluster_N)),
+            clusters=held.clusters,
+            smaller=smaller,
             errors=ERRORS[self.rule],
             by_heart=by_heart,
-            rank_counts=bool(by_heart or behind > CLEARLY * se),
+            rank_counts=by_heart or clearly(behind, se, held.clusters),
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from rankrace.errors import RankraceError
 from rankrace.select.objective import Objective, Trial
-from rankrace.select.statistics import CLEARLY, paired_difference
+from rankrace.select.statistics import clearly, paired_difference
 from rankrace.select.strategy import Bench, Keep, Look, Rated, Start, Strategy
 
 SHARE = 0.10
@@ -110,7 +110,7 @@ class Opening:
         compared = [difference(t, rated[best]) for t in rated]
         behind, se = compared[given]
         # Where the error is unknown nothing is clearly better.
-        pick = given if np.isfinite(behind) and not behind > CLEARLY * se else best
+        pick = given if np.isfinite(behind) and not clearly(behind, se, held.clusters) else best
         seen, note = round(held.epochs * self.total_steps / step, 6), ""
         if may_remember(self.scales[pick], seen, behind, losses[given]):
             note = (

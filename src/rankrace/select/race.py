@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Edge, Objective, Trial, Verdict
-from rankrace.select.statistics import CLEARLY
+from rankrace.select.statistics import clearly
 from rankrace.select.strategy import WAITED, Action, Bench, Cut, Keep, Look, Start, Train, holder, later_step, refined
 
 PROBE = 0.10
@@ -108,7 +108,7 @@ class Race:
             if (p := verdict.at(r)).alive
             and r <= best.rank
             # Not by an error that is unknown.
-            and not p.objective - best.objective > max(CLEARLY * p.se, pick.objective - best.objective)
+            and not (clearly(p.objective - best.objective, p.se, verdict.clusters) and p.objective > pick.objective)
         )
         if not last and len(staying) > 1:
             # Keeping all would be a copy for nothing, and new CUDA graphs.

@@ -2,11 +2,10 @@
 
 import math
 
-from rankrace.select.objective import Point, Verdict
+from rankrace.select.objective import CLEARLY_SMALLER, Point, Verdict
+from rankrace.select.statistics import clearly
 from rankrace.select.strategy import Look
 
-CLEARLY_SMALLER = 3 / 4
-"""Next-door integers differ by less than any validation set resolves; a rank this much smaller is compared."""
 LEAST_CLUSTERS = 20
 """With fewer, two standard errors are far from 95%: 62% with 2 clusters, 80% with 4, 88% with 8."""
 
@@ -42,9 +41,8 @@ def reason(look: Look, *, share: float, examples: int) -> str:
             f"{100 * (pick.objective - best.objective) / v.bought:.2g}% of the {v.bought:.4f} that rank buys, "
             "and no smaller one loses as little"
         )
-    below = below_pick(v)
-    if below is not None and not v.by_heart:
-        words += f"; rank {below.rank} is {behind(below, best)} behind"
+    if v.smaller is not None and not v.by_heart:
+        words += f"; rank {v.smaller.rank} is {behind(v.at(v.smaller.rank), best)} behind"
     if v.gain <= 0 and not v.by_heart:  # a training at its full rate may be behind its start, and end far ahead of it
         words = f"no rank has lowered the validation loss yet; {words}"
     measured = "1 held-out example" if examples == 1 else f"{examples} held-out examples"
@@ -53,24 +51,48 @@ def reason(look: Look, *, share: float, examples: int) -> str:
 
 def behind(point: Point, best: Point) -> str:
     """By how much a point's objective is above the best one, with the error where it is known."""
-    difference = f"{point.objective - best.objective:.4f}"
-    return f"{difference} ± {point.se:.4f}" if math.isfinite(point.se) else f"{difference} (error unknown)"
+    return with_error(point.objective - best.objective, point.se)
+
+
+def with_error(difference: float, se: float) -> str:
+    return f"{difference:.4f} ± {se:.4f}" if math.isfinite(se) else f"{difference:.4f} (error unknown)"
+
+
+def doubt(look: Look) -> str | None:
+    """Why the choice is not sure; None where it is.
+
+    It is where the pick is settled and well inside the range, and the next clearly smaller rank is measurably worse
+    than the pick itself: in pairs, with 95% confidence from enough independent examples, and by twice the difference
+    that chance makes between two trainings, where that was asked for. (That a smaller rank is behind the *best* is
+    how the rule passed it over, and shows nothing more.)
+    """
+    v = look.verdict
+    below, largest = v.smaller, v.alive[-1].rank
+    if look.capped:
+        return "the choice had not settled when it was made"
+    if v.gain <= 0:
+        return "no rank has lowered the validation loss"
+    if v.pick == 1:
+        return "there is no smaller rank than 1 to hold it against"
+    if look.edge is not None:
+        return "it is at the edge of the ranks there were to choose"
+    if v.pick > CLEARLY_SMALLER * largest:
+        return f"it is hardly smaller than {largest}, the largest rank there was to choose"
+    if below is None:
+        return "no clearly smaller rank was measured"
+    if v.clusters < LEAST_CLUSTERS:
+        return f"its errors come from {v.clusters} independent groups of examples, and {LEAST_CLUSTERS} are wanted"
+    far = f"rank {below.rank} is {with_error(below.behind, below.se)} nats behind it"
+    if not clearly(below.behind, below.se, v.clusters):
+        return f"{far}, which the paired errors do not tell from nothing"
+    # A twin that diverged says nothing, so that nothing is sure.
+    if look.chance is not None and not below.behind >= 2 * look.chance:
+        return f"{far}, and two equal trainings differ by {look.chance:.4f}"
+    return None
 
 
 def is_confident(look: Look) -> bool:
-    """The pick is settled and well inside the range, and a clearly smaller rank is measurably worse.
-
-    Measurably: by two paired standard errors, estimated from enough independent examples, and by twice the difference
-    that chance makes between two trainings, where that was asked for.
-    """
-    v = look.verdict
-    below, largest = below_pick(v), v.alive[-1].rank
-    settled = not look.capped and look.edge is None and v.pick <= CLEARLY_SMALLER * largest
-    if below is None or not settled or v.clusters < LEAST_CLUSTERS or v.gain <= 0:
-        return False
-    ahead = below.objective - v.at(v.best).objective
-    # A twin that diverged says nothing, so that nothing is sure.
-    return ahead >= 2 * below.se and (look.chance is None or ahead >= 2 * look.chance)
+    return doubt(look) is None
 
 
 def like_the_pick(verdict: Verdict) -> Point:
@@ -83,9 +105,3 @@ def like_the_pick(verdict: Verdict) -> Point:
                 break
             like = point
     return like
-
-
-def below_pick(verdict: Verdict) -> Point | None:
-    """The largest measured rank that is clearly smaller than the pick."""
-    smaller = [p for p in verdict.alive if p.rank <= CLEARLY_SMALLER * verdict.pick]
-    return smaller[-1] if smaller else None

@@ -5,11 +5,12 @@ end (docs/selection.md). The best rank-r approximation of one wide update does n
 the curve come from the same training.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankrace.select.objective import Objective, Trial, Verdict
-from rankrace.select.statistics import CLEARLY, paired_difference
+from rankrace.select.statistics import clearly, paired_difference
 from rankrace.select.strategy import WAITED, Bench, Cut, Look, Start, Train, later_step, refined
 
 STABLE_LOOKS = 3
@@ -112,6 +113,7 @@ def layered(bench: Bench, rank: int) -> tuple[dict[str, int] | None, str]:
     held = bench.held
     gain, se = paired_difference(uniform.loss_N, pooled.loss_N, held.tokens_N, held.cluster_N)
     spread = f"from {min(allocation.values())} to {max(allocation.values())} by layer"
-    if any(allocation.values()) and gain > CLEARLY * se:
+    if any(allocation.values()) and clearly(gain, se, held.clusters):
         return allocation, f"; ranks {spread} are better by {gain:.4f} ± {se:.4f} nats and were taken"
-    return None, f"; ranks {spread} are no better ({gain:.4f} ± {se:.4f} nats)"
+    error = f"± {se:.4f} nats" if math.isfinite(se) else "nats, error unknown"
+    return None, f"; ranks {spread} are not clearly better ({gain:.4f} {error})"
