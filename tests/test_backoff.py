@@ -36,11 +36,11 @@ RECIPE = Recipe(
 ROWS, HELD = examples(24, seed=3), examples(9, seed=4)
 
 
-def trainer_of(family: str = "llama", micro_tokens: int = 10_000) -> Trainer:
+def trainer_of(family: str = "llama", micro_tokens: int = 10_000, dropout: float = 0.0) -> Trainer:
     """With non-zero factors, so that everything has a gradient."""
     classes = 3 if family in CLASSIFYING else 0
     hf = tiny(family)
-    bank = Bank(hf)
+    bank = Bank(hf, dropout=dropout)
     model = PackedModel(hf, bank, "classification" if classes else "causal", chunk=5)
     rows = examples(24, seed=3, classes=classes) if classes else ROWS
     trainer = Trainer(model, rows, replace(RECIPE, micro_tokens=micro_tokens))
@@ -221,6 +221,9 @@ def test_out_of_memory_is_told_by_type_words_and_cause() -> None:
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"),
         with_context(torch.OutOfMemoryError("CUDA out of memory.")),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     )
     assert all(map(out_of_memory, yes))
     assert not out_of_memory(RuntimeError("size mismatch"))
@@ -287,3 +290,23 @@ def test_a_checkpoint_brings_the_notes_along(monkeypatch: pytest.MonkeyPatch) ->
     older = trainer_of()
     older.restore(trainer.tensors(), {name: state[name] for name in ("step", "tokens", "seconds")})
     assert (older.step, older.notes) == (2, [])
+
+
+def test_a_resumed_training_keeps_to_the_passes_it_was_left_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that ran out once runs out again; and with dropout, which is drawn for each pass, passes that are cut
+    otherwise would end elsewhere."""
+    with monkeypatch.context() as patch:
+        Small(patch, 45)
+        trainer = trainer_of(dropout=0.3)
+        trained(trainer, until=2)
+    assert trainer.backed_off == trainer.recipe.micro_tokens < trainer_of().recipe.micro_tokens
+    candidates = trainer.bank.candidates.keep(range(len(trainer.bank.candidates.ranks)))
+    tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    state = json.loads(json.dumps(trainer.state()))
+    _, ended = trained(trainer)
+    again = trainer_of(dropout=0.3)
+    again.start(candidates, trainer.lr_K)
+    again.restore(tensors, state)
+    assert again.recipe.micro_tokens == again.backed_off == trainer.backed_off
+    assert (trained(again)[1] - ended).abs().max() < 1e-9
+    assert again.state()["backed_off"] == state["backed_off"], "and so will the next"

@@ -4,10 +4,15 @@ Traced as always but run by a backend without code generation; that of GPUs is t
 """
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 import flash
 from examples import examples
@@ -18,6 +23,7 @@ from rankrace.choose import lent
 from rankrace.training import attention
 from rankrace.training.compiled import blocks, compile_blocks, uncompile
 from rankrace.training.model import PackedModel
+from rankrace.training.passes import Eager
 
 # torch's own, as it traces.
 pytestmark = [
@@ -63,6 +69,56 @@ def test_llama() -> None:
 
 def test_bert() -> None:
     compiled_is_eager("bert-classification", "eager", pieces=6)
+
+
+class SwappedAttention(LlamaAttention):
+    """Calls v before k, though it has k before v; as OPT calls q first and has it last."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any, *_: Any, **options: Any) -> Any:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        v, q, k = (
+            layer(hidden_states).view(shape).transpose(1, 2) for layer in (self.v_proj, self.q_proj, self.k_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        x, weights = attend(self, q, k, v, options.pop("attention_mask"), scaling=self.scaling, **options)
+        return self.o_proj(x.reshape(*shape[:-2], -1)), weights
+
+
+def test_layers_called_in_another_order_than_they_are_defined_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets its own output, not that of the one in its place."""
+    expected = prepared("llama")[1](*CASES[0])
+    monkeypatch.setattr(modeling_llama, "LlamaAttention", SwappedAttention)
+    model, run = prepared("llama")
+    same(run(*CASES[0]), expected)
+    compile_blocks(model.bank, "eager")
+    torch._dynamo.reset()
+    same(run(*CASES[0]), expected)
+    uncompile(model.bank)
+
+
+def test_opt() -> None:
+    """Defines k, v, q and calls q first."""
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                       max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0)  # fmt: skip
+    bank = Bank(OPTForCausalLM(config).double().eval())
+    model, rows = PackedModel(bank.model, bank, "causal", chunk=5), examples(8)
+    model.verify_on(rows)
+    bank.start((4, 2), (1.0, 1.0))
+    for layer in bank.layers.values():
+        layer.B_KDR.data.normal_(std=0.1)
+
+    def run() -> list[Tensor]:
+        bank.gradients.all_KP.zero_()
+        loss = Eager(model).run(model.pack(rows, range(4)), slice(0, 2), torch.tensor(0.1, dtype=torch.float64))
+        return [loss.clone(), bank.gradients.all_KP.clone()]
+
+    expected = run()
+    compile_blocks(bank, "eager")
+    torch._dynamo.reset()
+    same(run(), expected)
+    uncompile(bank)
 
 
 def test_flash_attention_is_compiled_with_what_surrounds_it(monkeypatch: pytest.MonkeyPatch) -> None:

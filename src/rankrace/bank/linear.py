@@ -87,10 +87,14 @@ class Siblings:
     """Layers that read the same tensor, in the order of the bank: the first that is called computes for all.
 
     A layer that is called with another tensor than its siblings were gets its output all the same.
+
+    Args:
+        called: the layers' indices in the order in which the model calls them, if it is another.
     """
 
-    def __init__(self, layers: Sequence[BankLinear], switch: BankSwitch) -> None:
+    def __init__(self, layers: Sequence[BankLinear], switch: BankSwitch, called: Sequence[int] | None = None) -> None:
         self.layers, self.switch = tuple(layers), switch
+        self.called = tuple(range(len(self.layers)) if called is None else called)
         self.multiplier_K = torch.empty(0)
         # All siblings' A as one [K, ΣR, D_in] in the compute type, and its gradient: see Bank.install.
         self.compute_A_KRD = torch.empty(0)

@@ -23,6 +23,7 @@ class Opaque:
 
     def __init__(self, siblings: Siblings) -> None:
         self.siblings = siblings
+        self.first, *self.others = siblings.called
         self.widths = [layer.d_out for layer in siblings.layers]
         # A tensor: numbers would be constants of the code, and every block have its own.
         self.number = torch.tensor(max(_groups, default=-1) + 1, device="cpu")
@@ -30,10 +31,10 @@ class Opaque:
         self.handed: list[Tensor] = []
 
     def lead(self, x: Tensor) -> Tensor:
-        """Of the first sibling; the others' wait for `follow`, in their order."""
+        """Of the sibling that is called first; the others' wait for `follow`, in the order of the calls."""
         ys = torch.ops.rankrace.adapted(x, self.number, self.widths, torch.is_grad_enabled())
-        self.handed = list(ys[1:])  # torch 2.11 traces the operation's list as a tuple
-        return ys[0]
+        self.handed = [ys[i] for i in self.others]
+        return ys[self.first]
 
     def follow(self, x: Tensor) -> Tensor:
         """Of a sibling that is not the first."""

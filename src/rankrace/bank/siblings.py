@@ -8,11 +8,19 @@ from torch import Tensor, nn
 from rankrace.bank.inputs import reading
 
 
-def find_siblings(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[tuple[str, ...]]:
-    """The layers, in their order, with neighbours joined that `run` calls with the very same tensors."""
+def find_siblings(
+    layers: Mapping[str, nn.Module], run: Callable[[], Any]
+) -> tuple[list[tuple[str, ...]], Callable[[str], int]]:
+    """The layers, in their order, with neighbours joined that `run` calls with the very same tensors; and the place
+    of each in the order of the calls, which need not be that of the definitions."""
     read: dict[str, list[Tensor]] = {name: [] for name in layers}
+    called: dict[str, int] = {}
 
-    with reading(layers, lambda name, x: read[name].append(x)):
+    def note(name: str, x: Tensor) -> None:
+        read[name].append(x)
+        called.setdefault(name, len(called))
+
+    with reading(layers, note):
         run()
     found: list[tuple[str, ...]] = []
     for name in layers:
@@ -20,7 +28,7 @@ def find_siblings(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> li
             found[-1] += (name,)
         else:
             found.append((name,))
-    return found
+    return found, lambda name: called.get(name, len(called))
 
 
 def same(some: list[Tensor], others: list[Tensor]) -> bool:

@@ -5,8 +5,9 @@
 (ΔW Q)ᵀ ΔW Q = W S² Wᵀ, V = Q W, U S = ΔW Q W. Cost O((D_in + D_out) R²) instead of O(D_in D_out min(D_in, D_out)).
 
 The basis comes from a Gram matrix too: products and two decompositions of R×R a layer, where QR and SVD would take
-long columns through the host one by one. Squaring costs half of float64's digits: what is below 1e-7 of the largest
-singular value is taken for zero, and the factors themselves are float32. U S V' = ΔW Q W W' Q' holds to all digits.
+long columns through the host one by one. Squaring costs half of float64's digits: a direction of A that is below
+1e-7 of A's largest is taken for zero, whatever B makes of it, and so is a singular value below 1e-7 of the largest;
+the factors themselves are float32. U S V' = ΔW Q W W' Q' holds to all digits.
 """
 
 from collections.abc import Mapping

@@ -38,7 +38,7 @@ def compile_blocks(bank: Bank, backend: str = "inductor") -> None:
     for siblings in bank.siblings.values():
         if can_be_opaque(siblings):
             group = Opaque(siblings)
-            first, *others = siblings.layers
+            first, *others = (siblings.layers[i] for i in siblings.called)
             first.forward = group.lead  # type: ignore[method-assign]
             for layer in others:
                 layer.forward = group.follow  # type: ignore[method-assign]

@@ -137,6 +137,8 @@ class Trainer(Generic[B]):
         self._ahead = OneAhead(self.bank.device)
         self.notes: list[str] = []
         """What a person should know of how the steps went."""
+        self.backed_off: int | None = None
+        """The token budget of passes since memory ran out."""
         self.begin_passes()
 
     def begin_passes(self) -> None:
@@ -325,14 +327,19 @@ class Trainer(Generic[B]):
                 fix="--recompute on, a lower --max-length, a smaller model, or a device with more memory",
             )
         budget = min(tokens // 2, self.recipe.micro_tokens)
-        self.recipe = replace(self.recipe, micro_tokens=budget)
-        self.begin_passes()
+        self.limit(budget)
         self.bank.refresh()
         free_caches()
         self.notes.append(
             f"Out of memory in a pass of {tokens:,} tokens ({failed.size.tokens:,} × {failed.candidates}) at step "
             f"{self.step + 1}: taken again, from now on with at most {budget:,} tokens a pass."
         )
+
+    def limit(self, budget: int) -> None:
+        """Passes of at most so many tokens from now on, for want of memory."""
+        self.backed_off = budget
+        self.recipe = replace(self.recipe, micro_tokens=budget)
+        self.begin_passes()
 
     # --- checkpoints
 
@@ -349,13 +356,18 @@ class Trainer(Generic[B]):
             "seconds": self.seconds,
             "averaged": None if self.average is None else self.average.steps,
             "notes": self.notes,
+            "backed_off": self.backed_off,
         }
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Goes on from there with the bank's values, once they are those of that moment and `begin` was called.
 
-        Older checkpoints hold no notes, and some nothing of an average.
+        Where memory ran out before it will again, and passes that are cut otherwise draw other dropout. Older
+        checkpoints hold no notes, and some nothing of an average.
         """
+        budget = state.get("backed_off")
+        if budget is not None and budget < self.recipe.micro_tokens:
+            self.limit(budget)
         moments = {n.removeprefix(OPTIMIZER): x for n, x in tensors.items() if n.startswith(OPTIMIZER)}
         self.optimizer.load_state(moments)
         if state.get("averaged") is not None:

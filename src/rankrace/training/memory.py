@@ -27,12 +27,21 @@ HOST_SLACK = 1.15
 """Memory of a process over that of its tensors: libraries' buffers, and gaps that malloc leaves (docs/log.md)."""
 
 
+NO_MEMORY = (
+    "you tried to allocate",  # the host's allocator has no error of its own
+    "CUDA error: out of memory",  # the driver, of what torch's allocator does not serve: graphs, pinned memory
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""In errors of other kinds that mean it, too."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this error, or one that it came of, says that memory ran out."""
     told: BaseException | None = error
     while told is not None:
-        # The host's allocator has no error of its own.
-        if isinstance(told, torch.OutOfMemoryError | MemoryError) or "you tried to allocate" in str(told):
+        if isinstance(told, torch.OutOfMemoryError | MemoryError) or any(words in str(told) for words in NO_MEMORY):
             return True
         told = told.__context__  # a CUDA graph that is being captured dies of it with another error
     return False

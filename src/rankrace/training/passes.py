@@ -112,6 +112,7 @@ class Graphs:
     def prepare(self, row: Packed, share: Tensor) -> None:
         """Captures all passes there will be with these candidates. Nothing may have been added to their gradients."""
         self.graphs.clear()
+        self.gradients = None  # the former candidates' would be kept through all of this
         torch.cuda.empty_cache()  # their memory
         gradients = self.model.bank.gradients
         empty = row.emptied()
