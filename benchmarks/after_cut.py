@@ -226,7 +226,6 @@ def main() -> None:
         "benchmarks.after_cut",
         lambda study: run(study, scale, chosen),
         kind=f"-lr{scale:g}",
-        options=f" --lr-scale {scale:g} --arms {chosen}",
     )
 
 

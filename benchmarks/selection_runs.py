@@ -20,6 +20,10 @@ def names_of(runs: Sequence[Adaptive]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.arms))
 
 
+def tasks_of(runs: Sequence[Adaptive]) -> list[str]:
+    return [run.unit[0] for run in runs]
+
+
 def apart(run: Adaptive, a_N: np.ndarray, b_N: np.ndarray) -> tuple[float, float]:
     """The first less the second on the unit's fresh examples, and the paired standard error."""
     return paired_difference(a_N, b_N, run.fresh.tokens_N, run.fresh.cluster_N)
@@ -35,8 +39,9 @@ def against(run: Adaptive, name: str, other_N: np.ndarray, found: dict[str, Chan
 def cost(run: Adaptive, name: str) -> float:
     """In trainings of one candidate. Measuring has no backward pass, which is half of the products of a step.
 
-    The base model's own loss is measured too; where rows come back also what was chosen, the last step and the
-    average.
+    Counted are the looks and the base model's loss on their examples; where rows come back also what was chosen, the
+    last step and the average. Not counted are the figures on fresh examples before and after, which a training at a
+    fixed rank is judged by as well: plan.FRESH_SHARE more at most.
     """
     arm = run.arms[name]
     measured = arm.measured + 1 + (3 if arm.ends else 0)
@@ -77,14 +82,14 @@ def whole_runs(runs: Sequence[Adaptive], found: dict[str, Chance]) -> None:
                 f"{alone.won} : {alone.lost}",
                 f"{both.within} / {both.all}",
                 f"{both.won} : {both.lost}",
-                with_error(*over_runs([e.d for e in x])),
+                with_error(*over_runs([e.d for e in x], tasks_of(there))),
                 f"{ratio:.2f}",
                 f"{np.mean([run.arms[name].candidate_steps for run in there]):.2f}",
                 f"{np.mean(prices):.2f} ({min(prices):.2f} … {max(prices):.2f})",
             ]
         )
     heads = ["", "at most one error worse than fixed r = 16", "better : worse", "with chance", "better : worse"]
-    table([*heads, "mean ± over runs", "parameters ÷ r = 16", "candidate-steps", "with measurements"], rows)
+    table([*heads, "mean ± over tasks", "parameters ÷ r = 16", "candidate-steps", "with measurements"], rows)
 
 
 ENDS: dict[str, Callable[[Arm], np.ndarray | None]] = {
@@ -97,15 +102,17 @@ ENDS: dict[str, Callable[[Arm], np.ndarray | None]] = {
 
 def by_end(runs: Sequence[Adaptive]) -> None:
     """How much of the difference is the average's."""
-    print("### Whole runs less fixed r = 16, each with the same end: mean ± over runs, at most one error worse\n")
+    print("### Whole runs less fixed r = 16, each with the same end: mean ± over tasks, at most one error worse\n")
     rows = []
     for name in names_of(runs):
         cells = []
         for end in ENDS.values():
             pairs = [(run, end(run.arms[name]), end(run.arms[FIXED])) for run in runs if name in run.arms]
-            found = [apart(run, a_N, b_N) for run, a_N, b_N in pairs if a_N is not None and b_N is not None]
+            both = [(run, a_N, b_N) for run, a_N, b_N in pairs if a_N is not None and b_N is not None]
+            found = [apart(run, a_N, b_N) for run, a_N, b_N in both]
             within = sum(d <= se for d, se in found)
-            cells.append(f"{with_error(*over_runs([d for d, _ in found]))}, {within} / {len(found)}" if found else "")
+            mean = over_runs([d for d, _ in found], tasks_of([run for run, _, _ in both])) if both else None
+            cells.append("" if mean is None else f"{with_error(*mean)}, {within} / {len(found)}")
         if name != FIXED:
             rows.append([name, *cells])
     table(["", *ENDS], rows)
@@ -120,15 +127,22 @@ def among_themselves(runs: Sequence[Adaptive]) -> None:
     print(f"### Whole runs less `{first}` on the same rows\n")
     rows = []
     for name in names:
-        found = [apart(r, r.arms[name].loss_N, r.arms[first].loss_N) for r in runs if {name, first} <= set(r.arms)]
-        if name == first or not found:
+        there = [run for run in runs if {name, first} <= set(run.arms)]
+        if name == first or not there:
             continue
+        found = [apart(run, run.arms[name].loss_N, run.arms[first].loss_N) for run in there]
         d = [d for d, _ in found]
         ahead, behind = sum(d < -se for d, se in found), sum(d > se for d, se in found)
         rows.append(
-            [name, str(len(d)), with_error(*over_runs(d)), nats(float(np.median(d)), "+"), f"{ahead} : {behind}"]
+            [
+                name,
+                str(len(d)),
+                with_error(*over_runs(d, tasks_of(there))),
+                nats(float(np.median(d)), "+"),
+                f"{ahead} : {behind}",
+            ]
         )
-    table(["", "units", "mean ± over runs", "median", "beyond one error better : worse"], rows)
+    table(["", "units", "mean ± over tasks", "median", "beyond one error better : worse"], rows)
 
 
 def in_fewer_bits(quantized: Sequence[Adaptive], runs: Sequence[Adaptive]) -> None:
@@ -163,7 +177,7 @@ def against_sweeps(runs: Sequence[Adaptive], sweeps: Sequence[Sweep], found: dic
     both = [(run, by_unit[run.unit]) for run in runs if run.unit in by_unit]
     if not both:
         return
-    names = names_of([run for run, _ in both])
+    names, units = names_of([run for run, _ in both]), tasks_of([run for run, _ in both])
     sums = []
     for which, (words, reference) in enumerate(REFERENCES.items()):
         rows, columns = [], []
@@ -181,9 +195,20 @@ def against_sweeps(runs: Sequence[Adaptive], sweeps: Sequence[Sweep], found: dic
             all_x = [x[name] for x in columns if name in x]
             alone, with_chance = tally(all_x, chance=False), tally(all_x, chance=True)
             within = [f"{t.within} / {t.all}" for t in (alone, with_chance)]
-            sums.append([words, name, with_error(*over_runs([x.d for x in all_x])), *within])
+            sums.append(
+                [
+                    words,
+                    name,
+                    with_error(
+                        *over_runs(
+                            [x.d for x in all_x], [u for u, x in zip(units, columns, strict=True) if name in x]
+                        )
+                    ),
+                    *within,
+                ]
+            )
     print("### The same in sum\n")
-    table(["less the sweep's", "", "mean ± over runs", "at most one error worse", "with chance"], sums)
+    table(["less the sweep's", "", "mean ± over tasks", "at most one error worse", "with chance"], sums)
 
 
 def both_ends(runs: Sequence[Adaptive]) -> None:

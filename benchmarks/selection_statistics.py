@@ -168,11 +168,11 @@ def chances(ends: Iterable[End]) -> dict[str, Chance]:
     }
 
 
-def over_runs(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, s/√n: of units, which differ in task and seed. NaN from one."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(
-        values
-    ) > 1 else math.nan
+def over_runs(values: Sequence[float], tasks: Sequence[str]) -> tuple[float, float]:
+    """Mean over units and its standard error, with each task's seeds as one cluster: they share what is easy or hard
+    about it. NaN from one task."""
+    value_N = np.array(values)
+    return paired_difference(value_N, np.zeros_like(value_N), np.ones_like(value_N), np.array(tasks))
 
 
 def rms(values: Sequence[float]) -> float:

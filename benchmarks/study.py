@@ -167,19 +167,30 @@ def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_units(
-    given: argparse.Namespace, module: str, run: Callable[[Study], dict[str, Any]], kind: str = "", options: str = ""
-) -> None:
+ELSEWHERE = ("model", "data", "units", "out", "device", "stop_after")
+"""Options that say where and when, not what."""
+
+
+def command_of(given: argparse.Namespace, module: str, unit: str) -> str:
+    """That makes this unit again: every option that says what is run, but not where its model and data lie."""
+    words = [f"python -m {module} --units {unit}"]
+    for name, value in vars(given).items():
+        if name not in ELSEWHERE and value is not None and value is not False:
+            option = f"--{name.replace('_', '-')}"
+            words.append(option if value is True else f"{option} {value}")
+    return " ".join(words)
+
+
+def run_units(given: argparse.Namespace, module: str, run: Callable[[Study], dict[str, Any]], kind: str = "") -> None:
     """Every unit that is not there yet, into a file of its own, whose name also says how the base is quantised.
 
     Args:
         kind: the end of the files' names.
-        options: of the study's own, for the command that is kept.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if given.quantize != "none":
-        kind, options = f"{kind}-{given.quantize}", f"{options} --quantize {given.quantize}"
+        kind = f"{kind}-{given.quantize}"
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     for unit in given.units.split(","):
@@ -191,10 +202,7 @@ def run_units(
             return
         study = Study(name, given, int(seed))
         done = run(study)
-        done["command"] = (
-            f"python -m {module} --units {unit} --steps {given.steps} --train-max {given.train_max} "
-            f"--warmup {given.warmup:g}{options}"
-        )
+        done["command"] = command_of(given, module, unit)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(done) + "\n")
         partial.rename(file)

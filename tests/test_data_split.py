@@ -145,3 +145,29 @@ def test_content_key_sees_every_part() -> None:
     ]
     assert len({content_key(example) for example in different}) == len(different)
     assert content_key(PlainText(" A\n b ")) == content_key(PlainText("a B", group="x"))
+
+
+def test_what_given_validation_rows_share_with_training_rows_is_said() -> None:
+    """No copies, but the same documents, or the same questions with other answers."""
+    train: list[Example] = [
+        PromptCompletion("Who wrote it?", "Ada", group="a"),
+        PromptCompletion("When?", "1843", group="b"),
+        LabelledText("good  film", None, "1"),
+        Conversation((Message("user", "Hi"), Message("assistant", "Hello"))),
+        PlainText("a text"),
+    ]
+    validation: list[Example] = [
+        PromptCompletion("Where?", "London", group="a"),
+        PromptCompletion("who wrote  it?", "Babbage"),
+        LabelledText("Good film", None, "0"),
+        Conversation((Message("user", "hi"), Message("assistant", "Good day"))),
+        PlainText("another text"),
+        PromptCompletion("Why?", "For a lecture", group="c"),
+    ]
+    splits = split_examples(train, validation, 0.1, 100, seed=0)
+    assert len(splits.validation) == 6, "only told"
+    of_documents, of_questions = splits.leaks
+    assert of_documents.startswith("1 of the 6 validation rows are of documents that training rows are of, too:")
+    assert of_questions.startswith("3 of the 6 validation rows ask what a training row asks, with another answer:")
+    assert split_examples(train, validation[-2:], 0.1, 100, seed=0).leaks == ()
+    assert split_examples(documents([3, 3, 3, 3]), None, 0.3, 100, seed=0).leaks == ()

@@ -359,6 +359,7 @@ VALUES: dict[str, tuple[list[str], Sequence[str]]] = {
     "a twin of a grid": (["--strategy", "grid", "--twin"], ["lr_scales or twin has no effect", "shrink or race"]),
     "layers in a race": (["--strategy", "race", "--layer-ranks", "pooled"], ["layer_ranks has no effect", "shrink"]),
     "layers in a grid": (["--strategy", "grid", "--layer-ranks", "pooled"], ["layer_ranks has no effect", "shrink"]),
+    "a share of no search": (["--search-fraction", "0.3"], ["search_fraction has no effect", "strategy grid"]),
     "a weight of nothing": (["--penalty-weight", "0.1"], ["penalty_weight has no effect", "parameters or bytes"]),
     "a share beside a price": (["--penalty", "bytes", "--kappa", "0.1"], ["kappa has no effect", "penalty log2"]),
     "no error to prefer by": (

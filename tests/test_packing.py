@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -17,7 +18,8 @@ from models import CAUSAL, CLASSIFYING, leaky, tiny
 from rankrace.bank import Bank
 from rankrace.data.encoded import Encoded
 from rankrace.data.pack import Batch, Packed, Size, epoch_batches, made_up, size_buckets
-from rankrace.training import passes
+from rankrace.errors import RankraceError
+from rankrace.training import attention, passes
 from rankrace.training.loop import Recipe, Trainer, graph_sizes
 from rankrace.training.model import PackedModel
 from rankrace.training.passes import Eager, Graphs
@@ -311,3 +313,29 @@ def test_every_row_fits_into_a_bucket() -> None:
 def test_more_passes_want_more_sizes_of_graphs() -> None:
     """A size is captured for the padding that it saves: 80 steps want two of them, an epoch of SQuAD sixteen."""
     assert [graph_sizes(passes) for passes in (1, 80, 1000, 4000, 30_000)] == [2, 2, 4, 8, 16]
+
+
+def test_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padded fallback reads lengths on the host: a graph of it would replay those of another row."""
+
+    class Model:
+        def __init__(self, device: str, dtype: torch.dtype, **config: Any) -> None:
+            self.device, self.dtype = torch.device(device), dtype
+            text = SimpleNamespace(**config)
+            self.config = SimpleNamespace(get_text_config=lambda: text)
+
+    def why(model: Model, longest: int = 100) -> str | None:
+        return attention.cannot_capture(model, longest)  # type: ignore[arg-type]
+
+    assert why(Model("cuda", torch.bfloat16)) is None
+    assert why(Model("cpu", torch.bfloat16)) == "they are CUDA's, and the model is on the cpu"
+    assert why(Model("cuda", torch.float32)) == "flash attention has no float32"
+    windowed = Model("cuda", torch.bfloat16, sliding_window=64)
+    monkeypatch.setattr(attention, "HAS_WINDOW", False)
+    assert "sliding window (of 64 tokens)" in (why(windowed) or "")
+    assert why(windowed, longest=64) is None
+    assert why(Model("cuda", torch.bfloat16, sliding_window=None)) is None
+    monkeypatch.setattr(attention, "HAS_WINDOW", True)
+    assert why(windowed) is None
+    with pytest.raises(RankraceError, match="CUDA graphs cannot be used"):
+        attention.refuse_capture(tiny("llama"), 10)

@@ -232,6 +232,19 @@ def test_each_doubt_is_said_plainly_and_alone(shown: Result, start: str, tmp_pat
     assert prose(said) in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+def test_of_one_rank_at_two_rates_the_one_that_diverged_is_named():
+    changed = copy.deepcopy(GOLDEN)
+    rank = changed["candidates"][0]["rank"]
+    changed["candidates"].append({"rank": rank, "status": "diverged", "steps": 3, "lr_scale": 1e30})
+    changed["history"].append({"rank": rank, "steps": [1, 2, 3], "losses": [1.5, 9.0, math.nan], "lr_scale": 1e30})
+    shown = Result.model_validate(changed)
+    (said,) = warnings(shown)
+    assert said.startswith(f"Diverged: rank {rank} at 1e+30 × lr was removed")
+    drawn = loss_against_step(shown, WIDE)
+    assert drawn.count("(diverged)") == 1
+    assert f"rank {rank} at 1e+30 × lr (diverged)" in drawn
+
+
 def test_the_page_says_the_doubts():
     assert warnings(diverged())[0] in page("diverged")[1].text()
 

@@ -5,6 +5,7 @@ Shapes: K arms, N fresh examples.
 
 import json
 import math
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from benchmarks.selection_statistics import (
     regret,
     tally,
 )
+from benchmarks.study import command_of
 from rankrace.select.objective import Held, Objective, Trial, log2_penalty
 
 FRESH = Fresh(tokens_N=np.full(4, 2), cluster_N=np.arange(4))
@@ -185,8 +187,8 @@ def an_arm(way: Way, rank: int, loss_N: list[float], candidate_steps: float = 1.
     )
 
 
-def whole_run(**arms: Arm) -> Adaptive:
-    return Adaptive(unit=("sst2", 0), data="d", warmup=0.03, examples=400, quantize="none", arms=arms, fresh=FRESH)
+def whole_run(task: str = "sst2", **arms: Arm) -> Adaptive:
+    return Adaptive(unit=(task, 0), data="d", warmup=0.03, examples=400, quantize="none", arms=arms, fresh=FRESH)
 
 
 CUT = an_arm("cut", 2, [1.0, 2, 3, 4], candidate_steps=1.3)
@@ -197,11 +199,13 @@ def test_the_cost_counts_measurements_as_half_a_step():
     assert selection_runs.cost(whole_run(shrink=CUT), "shrink") == pytest.approx(1.3 + 0.1)
 
 
-def test_the_error_over_runs_is_that_of_their_mean():
-    mean, error = over_runs([1.0, 2.0, 3.0, 6.0])
+def test_the_error_of_a_mean_over_units_takes_a_task_for_one():
+    mean, error = over_runs([1.0, 2.0, 3.0, 6.0], ["a", "b", "c", "d"])
     assert mean == 3
-    assert error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3) / 2)
-    assert math.isnan(over_runs([1.0])[1])
+    assert error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3) / 2), "s/√n"
+    # Two tasks whose seeds agree are two values, not four.
+    assert over_runs([1.0, 1.0, 3.0, 3.0], ["a", "a", "b", "b"]) == pytest.approx((2.0, math.sqrt(2) / math.sqrt(2)))
+    assert math.isnan(over_runs([1.0, 2.0], ["a", "a"])[1])
 
 
 def ending(last: float, average: float, averaged: bool) -> Ends:
@@ -216,7 +220,7 @@ def test_each_end_is_held_against_its_like(capsys: pytest.CaptureFixture[str]):
         fixed=replace(an_arm("alone", 16, [2.0] * 4), ends=theirs),
         shrink=replace(an_arm("cut", 2, [0.6] * 4), ends=ours),
     )
-    once = whole_run(fixed=an_arm("alone", 16, [1.0] * 4), shrink=an_arm("cut", 2, [3.0] * 4))
+    once = whole_run("rte", fixed=an_arm("alone", 16, [1.0] * 4), shrink=an_arm("cut", 2, [3.0] * 4))
     selection_runs.by_end([back, once])
     # Last: −0.5 and +1; average: +0.1; as they were chosen: 0.6 against 2, and +1.
     row = "| shrink | +0.2500 ± 0.7500, 1 / 2 | +0.1000 ± nan, 0 / 1 | +0.1500 ± 0.8500, 1 / 2 |"
@@ -225,7 +229,7 @@ def test_each_end_is_held_against_its_like(capsys: pytest.CaptureFixture[str]):
 
 def test_strategies_are_held_against_the_default(capsys: pytest.CaptureFixture[str]):
     one = whole_run(fixed=an_arm("alone", 16, [9.0] * 4), shrink=CUT, race=an_arm("own", 2, [1.0, 2, 1, 2]))
-    other = whole_run(shrink=CUT, race=an_arm("own", 2, [3.0, 4, 5, 6]))
+    other = whole_run("rte", shrink=CUT, race=an_arm("own", 2, [3.0, 4, 5, 6]))
     without = whole_run(shrink=CUT)
     selection_runs.among_themselves([one, other, without])
     # −4 and +8 nats over 8 tokens.
@@ -413,3 +417,14 @@ def test_every_table_is_printed_from_whatever_is_there(tmp_path: Path, capsys: p
 def write(file: Path, record: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_a_record_names_every_option_that_says_what_is_run():
+    options = Namespace(
+        model="m", data=Path("d"), units="rte:0,rte:1", warmup=0.03, steps=200, quantize="none", arms="race,grid",
+        only_choice=True, no_compile=False, stop_after=9.0, out=Path("o"), device="cuda", micro_tokens=20480,
+    )  # fmt: skip
+    assert command_of(options, "benchmarks.adaptive", "rte:1") == (
+        "python -m benchmarks.adaptive --units rte:1 --warmup 0.03 --steps 200 --quantize none --arms race,grid "
+        "--only-choice --micro-tokens 20480"
+    )

@@ -47,3 +47,16 @@ def test_one_document_that_holds_too_much_is_said(large: int, rest: int) -> None
         assert f"is not halved: documents stay whole, and {large} of its 60 examples are of one." in notes[0]
         assert "too small" not in notes[0]
         assert "optimistic" in notes[0]
+
+
+@pytest.mark.parametrize(("documents", "halved"), [(2, False), (3, False), (4, True)])
+def test_no_half_is_of_one_document(documents: int, halved: bool) -> None:
+    """It would have no error, though there are documents enough for one."""
+    rows = [replace(e, group=e.row % documents) for e in examples(60)]
+    looked, fresh, notes = divide(rows, PLAN, seed=0)
+    if halved:
+        assert min(len({e.group for e in half}) for half in (looked, fresh)) == 2
+        assert notes == []
+    else:
+        assert looked == fresh == rows
+        assert f"documents stay whole, and no error is known from one; it has {documents}." in notes[0]

@@ -16,6 +16,7 @@ from rankrace.select.build import opens, widest
 from rankrace.select.learning_rate import default_lr, rates_tried
 from rankrace.select.race import HEATS, PROBE
 from rankrace.select.shrink import PLANS, ladder
+from rankrace.training.attention import cannot_capture, refuse_capture
 from rankrace.training.loop import Trainer
 from rankrace.training.memory import PassCost, free_bytes, free_caches, out_of_memory, probe
 from rankrace.training.model import PackedModel
@@ -68,7 +69,12 @@ def resolved(config: RunConfig, data: Data, packed: PackedModel[Bank], task: Tas
     compiled = compiling(config, data, bank) if config.compile == "auto" else config.compile
     fitting = Fitting.of(config, data, packed, compiled)
     graphs = config.cuda_graphs
-    if graphs == "auto":
+    longest = max(int(part.lengths.max()) for part in (data.train, data.validation))
+    if graphs == "on":
+        refuse_capture(model, longest)
+    elif graphs == "auto" and cannot_capture(model, longest) is not None:
+        graphs = "off"
+    elif graphs == "auto":
         graphs = graphs_worth(data, config.batch_size, bank, fitting.plain, compiled)
     return config.model_copy(
         update={

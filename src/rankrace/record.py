@@ -102,7 +102,13 @@ def describe(session: Session, final: Measured, ending: Ending, clock: Clock) ->
             gain_se=None if ending.gain is None else ending.gain.se,
         ),
         candidates=[
-            Candidate(rank=e.rank, status="winner" if e.status == "running" else e.status, steps=e.steps)
+            Candidate(
+                rank=e.rank,
+                status="winner" if e.status == "running" else e.status,
+                steps=e.steps,
+                lr_scale=e.lr_scale,
+                twin=e.twin,
+            )
             for e in entries
         ],
         looks=[

@@ -143,11 +143,25 @@ class LearningRate(_Record):
     """Standard error of the paired difference from the best."""
 
 
+def candidate_name(one: "Candidate | Series") -> str:
+    """What tells it from other candidates of its rank, too."""
+    scale = f" at {one.lr_scale:.3g} × lr" if one.lr_scale != 1 else ""
+    return f"rank {one.rank}{scale}" + (", twin" if one.twin else "")
+
+
 class Candidate(_Record):
     rank: PositiveInt
     status: Literal["winner", "dropped", "diverged"]
     steps: NonNegativeInt
     """Optimiser steps it was trained for."""
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Of the rank's own learning rate: `--lr-scales` trains a rank at several."""
+    twin: bool = False
+    """It began with a second draw of the factors (`--twin`)."""
+
+    @property
+    def name(self) -> str:
+        return candidate_name(self)
 
 
 class Time(_Record):
@@ -187,6 +201,10 @@ class Series(_Record):
     """Of the rank's own learning rate: `--lr-scales` trains a rank at several."""
     twin: bool = False
     """It began with a second draw of the factors (`--twin`)."""
+
+    @property
+    def name(self) -> str:
+        return candidate_name(self)
 
     @model_validator(mode="after")
     def _same_length(self) -> Self:

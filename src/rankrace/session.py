@@ -210,7 +210,8 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
     """Validation → examples that choose, and fresh ones that only report. Whole documents on either side.
 
     Returns:
-        Both; where either half would have fewer than FRESH_LEAST, all the examples twice, and a note of why.
+        Both; where either half would have fewer than FRESH_LEAST, or be of one document, all the examples twice, and
+        a note of why.
     """
     groups = np.unique([e.group for e in examples])
     order = np.random.Generator(np.random.Philox(seed)).permutation(groups)
@@ -224,12 +225,15 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
             looked += members[g]
         elif len(fresh) < plan.fresh:
             fresh += members[g]
-    if min(len(looked), len(fresh)) >= FRESH_LEAST:
+    documents = min(len({e.group for e in half}) for half in (looked, fresh))
+    if min(len(looked), len(fresh)) >= FRESH_LEAST and documents > 1:
         return looked, fresh, []
     why = f"is too small to halve: it has {len(examples)} examples"
     if len(examples) >= 2 * FRESH_LEAST:
         largest = max(map(len, members.values()))
         why = f"is not halved: documents stay whole, and {largest} of its {len(examples)} examples are of one"
+        if len(groups) in (2, 3):
+            why = f"is not halved: documents stay whole, and no error is known from one; it has {len(groups)}"
     return list(examples), list(examples), [
         f"The validation set {why}. Each look measures all of them, and so does the final loss: on the examples that "
         "chose the rank it is optimistic."

@@ -80,7 +80,7 @@ def split_rows(source: SourceRows, config: RunConfig) -> ReadData:
             )
         notes.append(f"Read {len(validation):,} validation rows of {where}.")
     splits = split_examples(train, validation, config.validation_fraction, config.validation_max, config.seed)
-    notes.append(f"Split: {splits.how}.")
+    notes += [f"Split: {splits.how}.", *splits.leaks]
     if splits.dropped_duplicates:
         notes.append(f"Left out {splits.dropped_duplicates:,} validation rows that are also training rows.")
     drawn = draw(splits.train, config.train_max, config.seed)

@@ -23,6 +23,8 @@ class Splits:
     """Validation rows left out because the training rows hold a copy."""
     how: str
     """A sentence for the user: where the validation rows come from."""
+    leaks: tuple[str, ...] = ()
+    """What validation rows that were given share with training rows, beside copies; sentences for the user."""
 
 
 def content_key(example: Example) -> str:
@@ -36,6 +38,25 @@ def content_key(example: Example) -> str:
             parts = (example.text, example.text_pair or "", example.label)
         case PlainText():
             parts = (example.text,)
+    return said(parts)
+
+
+def question_key(example: Example) -> str | None:
+    """A row without its answer; None where it has none."""
+    match example:
+        case PromptCompletion():
+            parts = (example.prompt,)
+        case Conversation():
+            parts = tuple(part for m in example.messages[:-1] for part in (m.role, m.content))
+        case LabelledText():
+            parts = (example.text, example.text_pair or "")
+        case PlainText():
+            parts = ()
+    return said(parts) if any(part.strip() for part in parts) else None
+
+
+def said(parts: Sequence[str]) -> str:
+    """In lower case and with single spaces."""
     return "\x1f".join(" ".join(part.split()).casefold() for part in parts)
 
 
@@ -88,7 +109,24 @@ def split_examples(
         )
     drawn = draw(fresh, maximum, seed)
     how = f"{len(drawn):,} of {len(validation):,} given validation rows"
-    return Splits(train=list(train), validation=drawn, dropped_duplicates=len(validation) - len(fresh), how=how)
+    dropped = len(validation) - len(fresh)
+    return Splits(train=list(train), validation=drawn, dropped_duplicates=dropped, how=how, leaks=leaks(train, drawn))
+
+
+def leaks(train: Sequence[Example], validation: Sequence[Example]) -> tuple[str, ...]:
+    """What makes a validation loss better than that of new rows, though no row is a copy."""
+    documents = {e.group for e in train if e.group is not None}
+    questions = {key for e in train if (key := question_key(e)) is not None}
+    found = {
+        "are of documents that training rows are of, too": sum(e.group in documents for e in validation),
+        "ask what a training row asks, with another answer": sum(question_key(e) in questions for e in validation),
+    }
+    return tuple(
+        f"{count:,} of the {len(validation):,} validation rows {words}: what is learnt of those helps here, so the "
+        "validation loss is better than on new ones, and larger ranks may look better than they are."
+        for words, count in found.items()
+        if count
+    )
 
 
 def _hold_out(examples: Sequence[Example], fraction: float, maximum: int, seed: int) -> Splits:

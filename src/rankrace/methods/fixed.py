@@ -15,6 +15,7 @@ from rankrace.methods.parameters import Parameters
 from rankrace.plan import default_micro_tokens
 from rankrace.select.ending import end
 from rankrace.session import recipe_of
+from rankrace.training.attention import refuse_capture
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel
 from rankrace.training.optimizer import Optimizer
@@ -47,6 +48,8 @@ class Fixed:
         model = PackedModel(trained.model, trained, task)
         model.verify_on(data.train.examples)
         graphs = "on" if config.cuda_graphs == "on" else "off"
+        if graphs == "on":
+            refuse_capture(trained.model, int(data.train.lengths.max()))
         micro_tokens = config.micro_tokens or default_micro_tokens(trained.model, graphs)
         self.trainer = Trainer(model, data.train.examples, recipe_of(config, micro_tokens))
         self.trainer.begin([config.lr])

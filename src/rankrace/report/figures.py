@@ -45,16 +45,10 @@ def loss_against_rank(result: Result, form: Format) -> str:
     return to_svg(figure, f"rank-{form.name}", f"Validation loss against rank. {described}")
 
 
-def named(series: Series) -> str:
-    """What tells it from other candidates of its rank, too."""
-    scale = f" at {series.lr_scale:.3g} × lr" if series.lr_scale != 1 else ""
-    return f"rank {series.rank}{scale}" + (", twin" if series.twin else "")
-
-
 def loss_against_step(result: Result, form: Format) -> str:
     """Training loss of every candidate; the looks and the decision are marked on the axis of steps."""
     figure, (axes,) = canvas(form, f"Training loss, {loss_unit(result)}")
-    diverged = {candidate.rank for candidate in result.candidates if candidate.status == "diverged"}
+    diverged = {candidate.name for candidate in result.candidates if candidate.status == "diverged"}
     last_step = max((series.steps[-1] for series in result.history if series.steps), default=1)
     # An early decision would be squeezed against the left edge: then steps go by their logarithm.
     by_log = 0 < 12 * result.decision.step < last_step
@@ -64,7 +58,7 @@ def loss_against_step(result: Result, form: Format) -> str:
     sound: list[float] = []
     for series in sorted(result.history, key=lambda series: series.rank):
         steps, losses = averaged(series, lambda step: round(bins_a_unit * scale(max(1, step))))
-        chosen, lost = series.rank == result.rank, series.rank in diverged
+        chosen, lost = series.rank == result.rank, series.name in diverged
         if not lost:
             sound += losses
         axes.plot(
@@ -75,7 +69,7 @@ def loss_against_step(result: Result, form: Format) -> str:
             ls=(0, (3, 2)) if lost else "-",
             marker="o" if len(steps) == 1 else None,
             zorder=3 if chosen else 2,
-            label=named(series) + (" (diverged)" if lost else ""),
+            label=series.name + (" (diverged)" if lost else ""),
         )
     if sound:  # a candidate that ran away must not flatten the others
         margin = 0.06 * (max(sound) - min(sound)) or 0.05

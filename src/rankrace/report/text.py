@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rankrace.result import Candidate, Decision, Result
+from rankrace.result import Decision, Result
 from rankrace.select.reason import HOW
 from rankrace.select.statistics import clearly
 
@@ -126,7 +126,8 @@ def warnings(result: Result) -> list[str]:
     lost = [candidate for candidate in result.candidates if candidate.status == "diverged"]
     if lost:
         verb = "was" if len(lost) == 1 else "were"
-        found.append(f"Diverged: {_named(lost)} {verb} removed when the loss or a gradient was no longer finite.")
+        names = " and ".join(", ".join(c.name for c in lost).rsplit(", ", 1)) if len(lost) > 1 else lost[0].name
+        found.append(f"Diverged: {names} {verb} removed when the loss or a gradient was no longer finite.")
     return found
 
 
@@ -209,8 +210,3 @@ def vllm_command(result: Result, adapter: str) -> str | None:
         f"vllm serve {shlex.quote(result.model)} --enable-lora \\\n"
         f"    --max-lora-rank {result.vllm_max_lora_rank} --lora-modules {shlex.quote('tuned=' + adapter)}"
     )
-
-
-def _named(candidates: list[Candidate]) -> str:
-    ranks = [str(candidate.rank) for candidate in candidates]
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks[:-1])} and {ranks[-1]}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from rankrace.errors import RankraceError
 
@@ -82,6 +82,32 @@ class Layout:
 def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's flash attention runs there."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def cannot_capture(model: PreTrainedModel, longest: int) -> str | None:
+    """Why passes of this model cannot be captured as CUDA graphs; None if they can.
+
+    Only flash attention reads boundaries on the device. The padded fallback takes the examples' lengths from the
+    host, and a graph would replay those of the row that it was captured with.
+
+    Args:
+        longest: example, in tokens.
+    """
+    if model.device.type != "cuda":
+        return f"they are CUDA's, and the model is on the {model.device.type}"
+    if not has_flash(model.device, model.dtype):
+        return f"flash attention has no {str(model.dtype).removeprefix('torch.')}"
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if not HAS_WINDOW and window is not None and window < longest:
+        return f"torch {torch.__version__} has no flash attention with a sliding window (of {window} tokens)"
+    return None
+
+
+def refuse_capture(model: PreTrainedModel, longest: int) -> None:
+    """Raises RankraceError where passes cannot be captured."""
+    why = cannot_capture(model, longest)
+    if why is not None:
+        raise RankraceError("CUDA graphs cannot be used", why=why, fix="--cuda-graphs off, or auto")
 
 
 def packed_attention(
