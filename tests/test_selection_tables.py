@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import selection_figures, selection_runs
 from benchmarks import selection_records as records
-from benchmarks import selection_runs
 from benchmarks import selection_tables as tables
 from benchmarks.selection_records import Adaptive, Arm, Curve, Ends, Fresh, Look, Sweep, Way
 from benchmarks.selection_statistics import (
@@ -412,6 +412,19 @@ def test_every_table_is_printed_from_whatever_is_there(tmp_path: Path, capsys: p
     assert "| sst2, seed 1 | -0.1000 ± 0.0000 (×1) | 0.2000 (×1) |" in printed
     assert "### Whole runs less the sweep's best arm" in printed
     assert "### After a cut" not in printed
+
+
+def test_the_figures_say_what_they_show(tmp_path: Path):
+    write(tmp_path / "sweep" / "sst2-seed1.json", NEW)
+    write(tmp_path / "sweep" / "gsm8k-seed1.json", {**NEW, "task": "gsm8k"})
+    write(tmp_path / "adaptive" / "sst2-seed1.json", adaptive_record())
+    selection_figures.main(["adaptive"], tmp_path)
+    early = (tmp_path / "early.svg").read_text()
+    # Ranks 1, 16 and 64 have 3, 2 and 1 at each look, 0.3, 0.2 and 0.1 at the end.
+    assert "GSM8K, trained side by side: +1.00, +1.00" in early
+    whole = (tmp_path / "whole.svg").read_text()
+    assert "shrink less fixed r = 16 in 1 whole runs" in whole
+    assert "sst2 1, rank 2" in whole
 
 
 def write(file: Path, record: dict[str, Any]) -> None:
