@@ -215,7 +215,8 @@ def test_without_an_average_or_a_mark_nothing_is_measured(search: Search, monkey
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch) -> Search:
     """Three learning rates and a twin, then a race, over a tiny model in float64."""
-    monkeypatch.setattr("rankrace.select.objective.CLEARLY", 0.0)  # or there would be nothing to race for
+    # Or there would be nothing to race for.
+    monkeypatch.setattr("rankrace.select.objective.clearly", lambda d, se, clusters: d > 0)
     hf = tiny("llama")
     bank = Bank(hf)
     recipe = Recipe(epochs=9, max_steps=20, batch_size=8, micro_tokens=200, schedule="linear", warmup=0.1,

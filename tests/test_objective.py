@@ -314,7 +314,7 @@ def test_equal_ranks_give_the_smallest_whatever_the_seed(share: float):
 
 def test_ranks_that_are_truly_equal_give_the_smallest_in_most_samples_and_no_confidence():
     """As truncations of one candidate: they differ by sampling alone, of as many held-out examples as a whole run
-    looks at. The lowest of eleven equals is ahead of any one by an error or two, which is what two errors allow for."""
+    looks at. The lowest of eleven equals is ahead of any one by an error or two, which two errors allow for."""
     one, two, sure = [], [], []
     for seed in range(200):
         rng, held = np.random.default_rng(seed), held_out(80, seed=seed)

@@ -30,6 +30,15 @@ def test_no_more_than_planned() -> None:
     assert not {e.group for e in looked} & {e.group for e in fresh}
 
 
+def test_looks_that_are_dear_are_said() -> None:
+    """A tenth of the training's work is planned with; twice that is not worth a word."""
+    plan = replace(PLAN, example_share=0.01)
+    assert plan.warnings(20) == []
+    (said,) = plan.warnings(36)
+    assert said.startswith("A short training: its looks measure 36 examples,")
+    assert "may take up to 36% of its own work; those of a longer one take 10%." in said
+
+
 def test_too_few_to_halve_is_said() -> None:
     looked, fresh, notes = divide(ROWS[:18], PLAN, seed=0)
     assert looked == fresh == ROWS[:18]

@@ -27,6 +27,8 @@ Switch = Literal["on", "off"]
 
 LOOK_SHARE, FRESH_SHARE = 0.10, 0.05
 """What the looks, and the first and last figures, may cost, as shares of the training's own work."""
+DEAR = 2.0
+"""Times that share, from which it is said."""
 LOOK_ENOUGH = 64
 """Examples that a look measures at least, if there are as many; a short training gets fewer looks instead."""
 HOST_TOKENS = 4096
@@ -265,6 +267,20 @@ class LookPlan:
     """Examples that a look measures."""
     fresh: int
     """Examples that the first and last figures are measured on."""
+    example_share: float = 0.0
+    """What all looks take for each example, the refined choice and a second look at LATER among them, as a share of
+    the training's own work."""
+
+    def warnings(self, looked: int) -> list[str]:
+        """What a person should know of looks at so many examples: in a short training even the fewest are dear."""
+        share = looked * self.example_share
+        if share <= DEAR * LOOK_SHARE:
+            return []
+        return [
+            f"A short training: its looks measure {looked} examples, hardly fewer than a choice wants, and may take "
+            f"up to {share:.0%} of its own work; those of a longer one take {LOOK_SHARE:.0%}. With --no-refine or a "
+            "smaller largest rank in --ranks they take less."
+        ]
 
     @staticmethod
     def of(config: RunConfig, data: Data, trainer: Trainer) -> "LookPlan":
@@ -287,4 +303,5 @@ class LookPlan:
             most=len(plans[chosen]) + later + opens(config),
             looked=max(affordable[chosen], LOOK_ENOUGH),
             fresh=max(int(FRESH_SHARE * training / 2), LOOK_ENOUGH),
+            example_share=ranks_measured(config, len(plans[chosen]) + later) / training,
         )

@@ -158,6 +158,7 @@ def prepare(
     price = penalty_of(config, bank) if penalty is None else linear_penalty(1.0, penalty)
     strategy = make_strategy(config, trainer.total, bank, plan.fractions, price)
     looked, fresh, notes = divide(data.validation.examples, plan, config.seed)
+    notes += plan.warnings(len(looked))
     wait_for(bank.device)
     began = time.perf_counter()
     with bank.off():
