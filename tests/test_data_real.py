@@ -107,6 +107,8 @@ def test_notes_say_what_was_done(data_root: Path, smollm2: Path) -> None:
         f"Read 8,551 rows of {folder}/train.tsv as text+label.",
         f"Read 1,043 validation rows of {folder}/dev.tsv.",
         "Split: 1,000 of 1,043 given validation rows.",
+        "2 of the 1,000 validation rows have the question or text of a training row, with another answer: what is "
+        "learnt by heart there tells here, so their losses are not those of new rows.",
         f"Left out {copies} validation rows that are also training rows.",
         "Drew 1,000 of 8,551 training rows (train_max).",
         f"Cut {data.train.truncated} of 1,000 training examples to 12 tokens.",

@@ -118,12 +118,14 @@ def leaks(train: Sequence[Example], validation: Sequence[Example]) -> tuple[str,
     documents = {e.group for e in train if e.group is not None}
     questions = {key for e in train if (key := question_key(e)) is not None}
     found = {
-        "are of documents that training rows are of, too": sum(e.group in documents for e in validation),
-        "ask what a training row asks, with another answer": sum(question_key(e) in questions for e in validation),
+        "are of documents of training rows": sum(e.group in documents for e in validation),
+        "have the question or text of a training row, with another answer": sum(
+            question_key(e) in questions for e in validation
+        ),
     }
     return tuple(
-        f"{count:,} of the {len(validation):,} validation rows {words}: what is learnt of those helps here, so the "
-        "validation loss is better than on new ones, and larger ranks may look better than they are."
+        f"{count:,} of the {len(validation):,} validation rows {words}: what is learnt by heart there tells here, so "
+        "their losses are not those of new rows."
         for words, count in found.items()
         if count
     )
