@@ -68,11 +68,11 @@ class Bank:
     def find_siblings(self, run: Callable[[], Any]) -> None:
         """From now on layers that `run`, a pass of the base, calls with one tensor are computed together."""
         with self.off(), torch.no_grad():
-            groups, called = find_siblings(self.layers, run)
+            groups, places = find_siblings(self.layers, run)
         self.siblings = {}
         for names in groups:
             layers = [self.layers[n] for n in names]
-            order = sorted(range(len(names)), key=lambda i: called(names[i]))
+            order = sorted(range(len(names)), key=lambda i: places[names[i]])
             siblings = Siblings(layers, self.switch, order)
             for layer in layers:
                 layer.siblings = siblings

@@ -10,9 +10,12 @@ from rankrace.bank.inputs import reading
 
 def find_siblings(
     layers: Mapping[str, nn.Module], run: Callable[[], Any]
-) -> tuple[list[tuple[str, ...]], Callable[[str], int]]:
-    """The layers, in their order, with neighbours joined that `run` calls with the very same tensors; and the place
-    of each in the order of the calls, which need not be that of the definitions."""
+) -> tuple[list[tuple[str, ...]], dict[str, int]]:
+    """The layers, in their order, with neighbours joined that `run` calls with the very same tensors.
+
+    Returns:
+        The groups, and each layer's place in the order of the calls, which need not be that of the definitions.
+    """
     read: dict[str, list[Tensor]] = {name: [] for name in layers}
     called: dict[str, int] = {}
 
@@ -28,7 +31,7 @@ def find_siblings(
             found[-1] += (name,)
         else:
             found.append((name,))
-    return found, lambda name: called.get(name, len(called))
+    return found, {name: called.get(name, len(called)) for name in layers}
 
 
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
