@@ -34,7 +34,8 @@ def one_se(curve: Curve) -> int:
 
 
 def share(part: float) -> Rule:
-    """The smallest rank that loses at most this part of what rank buys, L(1) − min L (or one standard error)."""
+    """The smallest rank that loses at most this part of what rank buys, L(1) − min L (or one standard error, as
+    rankrace's default had it until 27 November; now two, with which no planted pick is another)."""
 
     def rule(curve: Curve) -> int:
         behind_r = curve.loss_r - curve.loss_r.min()

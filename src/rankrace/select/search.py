@@ -250,14 +250,16 @@ class Search:
             trials, left = trials + found, left[together:]
         return trials
 
-    def cut_and_measured(self, index: int, ranks: Sequence[int]) -> list[Trial] | None:
+    def cut_and_measured(
+        self, index: int, ranks: Sequence[int], allocation: dict[str, int] | None = None
+    ) -> list[Trial] | None:
         """None: there is no memory for so many cuts beside each other.
 
         Raises:
             RankraceError: not even for one.
         """
         try:
-            with self.trainer.bank.borrowed(self.cut(index, ranks)):
+            with self.trainer.bank.borrowed(self.cut(index, ranks, allocation)):
                 return self.trials(ranks, "truncated")
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -275,9 +277,9 @@ class Search:
     def pooled(self, index: int, rank: int) -> tuple[Trial, dict[str, int]]:
         costs, whole = self.trainer.bank.costs, self.spectra(index)
         allocation = allocate(whole, costs, rank * sum(costs.values()))
-        with self.trainer.bank.borrowed(self.cut(index, [rank], allocation)):
-            (trial,) = self.trials([rank], "truncated")
-        return trial, allocation
+        trials = self.cut_and_measured(index, [rank], allocation)
+        assert trials is not None, "of one cut there is a result or an error"
+        return trials[0], allocation
 
     def trials(self, ranks: Sequence[int], source: Source) -> list[Trial]:
         """Measures what the bank holds."""
