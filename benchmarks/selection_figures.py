@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -18,22 +17,11 @@ from benchmarks import selection_records as records
 from benchmarks.selection_markdown import mean, percent
 from benchmarks.selection_records import Adaptive, Sweep
 from benchmarks.selection_runs import FIXED, apart
-from benchmarks.selection_statistics import correlation
-from benchmarks.selection_sweeps import shown
+from benchmarks.selection_sweeps import curves_of, orders
 from rankrace.report.canvas import ACCENT, INK, MUTED, RAMP, WIDE, Format, canvas, heading, legend_style, to_svg
 
 WAYS = {"trained side by side": ("direct", RAMP[5]), "cut from one wide adapter": ("truncated", ACCENT)}
 TALL = Format(name="wide", width=760, height=520, font=12.0, points=160, columns=4)
-
-
-def orders(sweeps: Sequence[Sweep], how: str) -> np.ndarray:
-    """Mean over trainings at the default rate: the rank correlation of each look with the end."""
-    found = []
-    for s in sweeps:
-        at = s.at(1.0)
-        curves = [shown(look, how, 1.0, at) for look in s.looks]
-        found.append([np.nan if c is None else correlation(c.loss_K, s.loss_K[at][: len(c.loss_K)]) for c in curves])
-    return mean(found)
 
 
 def early(sweeps: Sequence[Sweep], matters: str = "gsm8k") -> str:
@@ -48,7 +36,7 @@ def early(sweeps: Sequence[Sweep], matters: str = "gsm8k") -> str:
     for axes, (title, some) in zip(panels, sides.items(), strict=True):
         heading(axes, title, INK, WIDE)
         for words, (how, colour) in WAYS.items():
-            order = orders(some, how)
+            order = mean([orders(s, curves_of(s, how, 1.0), 1.0) for s in some])
             axes.plot(shares, order, "-o", color=colour, lw=1.8, ms=4.5, label=words, clip_on=False)
             told.append(f"{title}, {words}: {', '.join(f'{x:+.2f}' for x in order)}")
         axes.axhline(0, color=MUTED, lw=0.8)

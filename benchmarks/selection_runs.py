@@ -3,7 +3,7 @@
 Shapes: N fresh examples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,8 +20,9 @@ def names_of(runs: Sequence[Adaptive]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.arms))
 
 
-def tasks_of(runs: Sequence[Adaptive]) -> list[str]:
-    return [run.unit[0] for run in runs]
+def strategies_of(runs: Sequence[Adaptive]) -> list[str]:
+    """All but the fixed rank."""
+    return [name for name in names_of(runs) if name != FIXED]
 
 
 def apart(run: Adaptive, a_N: np.ndarray, b_N: np.ndarray) -> tuple[float, float]:
@@ -29,11 +30,16 @@ def apart(run: Adaptive, a_N: np.ndarray, b_N: np.ndarray) -> tuple[float, float
     return paired_difference(a_N, b_N, run.fresh.tokens_N, run.fresh.cluster_N)
 
 
-def against(run: Adaptive, name: str, other_N: np.ndarray, found: dict[str, Chance]) -> Difference:
-    """An arm against another training of the unit."""
-    d, se = apart(run, run.arms[name].loss_N, other_N)
-    chance = found.get(run.unit[0])
+def against(run: Adaptive, a_N: np.ndarray, b_N: np.ndarray, found: Mapping[str, Chance] | None = None) -> Difference:
+    """The same, with the task's chance from run to run beside it where that is known."""
+    d, se = apart(run, a_N, b_N)
+    chance = (found or {}).get(run.unit[0])
     return Difference(d=d, se=se, run=chance.run if chance else 0.0)
+
+
+def mean_of(runs: Sequence[Adaptive], found: Sequence[Difference]) -> str:
+    """Of a difference in each of these runs, and its error over tasks."""
+    return with_error(*over_runs([x.d for x in found], [run.unit[0] for run in runs]))
 
 
 def cost(run: Adaptive, name: str) -> float:
@@ -49,7 +55,7 @@ def cost(run: Adaptive, name: str) -> float:
 
 
 def whole_runs(runs: Sequence[Adaptive], found: dict[str, Chance]) -> None:
-    names = [n for n in names_of(runs) if n != FIXED]
+    names = strategies_of(runs)
     print("### Whole runs: rank (× of the learning rate), and the end less that of fixed r = 16 (± paired error)\n")
     rows = []
     for run in runs:
@@ -58,9 +64,9 @@ def whole_runs(runs: Sequence[Adaptive], found: dict[str, Chance]) -> None:
             if name not in run.arms:
                 cells.append("")
                 continue
-            arm, x = run.arms[name], against(run, name, fixed_N, found)
+            arm, x = run.arms[name], apart(run, run.arms[name].loss_N, fixed_N)
             rate = "" if arm.scale == 1 else f" (×{arm.scale:g})"
-            cells.append(f"{arm.rank}{rate}: {with_error(x.d, x.se)}")
+            cells.append(f"{arm.rank}{rate}: {with_error(*x)}")
         chance = found.get(run.unit[0])
         level = f"{fixed_N.sum() / run.fresh.tokens_N.sum():.4f}"
         documents = len(np.unique(run.fresh.cluster_N))
@@ -71,7 +77,7 @@ def whole_runs(runs: Sequence[Adaptive], found: dict[str, Chance]) -> None:
     rows = []
     for name in names:
         there = [run for run in runs if name in run.arms]
-        x = [against(run, name, run.arms[FIXED].loss_N, found) for run in there]
+        x = [against(run, run.arms[name].loss_N, run.arms[FIXED].loss_N, found) for run in there]
         alone, both = tally(x, chance=False), tally(x, chance=True)
         ratio = np.mean([run.arms[name].rank / run.arms[FIXED].rank for run in there])
         prices = [cost(run, name) for run in there]
@@ -82,7 +88,7 @@ def whole_runs(runs: Sequence[Adaptive], found: dict[str, Chance]) -> None:
                 f"{alone.won} : {alone.lost}",
                 f"{both.within} / {both.all}",
                 f"{both.won} : {both.lost}",
-                with_error(*over_runs([e.d for e in x], tasks_of(there))),
+                mean_of(there, x),
                 f"{ratio:.2f}",
                 f"{np.mean([run.arms[name].candidate_steps for run in there]):.2f}",
                 f"{np.mean(prices):.2f} ({min(prices):.2f} … {max(prices):.2f})",
@@ -104,23 +110,22 @@ def by_end(runs: Sequence[Adaptive]) -> None:
     """How much of the difference is the average's."""
     print("### Whole runs less fixed r = 16, each with the same end: mean ± over tasks, at most one error worse\n")
     rows = []
-    for name in names_of(runs):
+    for name in strategies_of(runs):
         cells = []
         for end in ENDS.values():
             pairs = [(run, end(run.arms[name]), end(run.arms[FIXED])) for run in runs if name in run.arms]
             both = [(run, a_N, b_N) for run, a_N, b_N in pairs if a_N is not None and b_N is not None]
-            found = [apart(run, a_N, b_N) for run, a_N, b_N in both]
-            within = sum(d <= se for d, se in found)
-            mean = over_runs([d for d, _ in found], tasks_of([run for run, _, _ in both])) if both else None
-            cells.append("" if mean is None else f"{with_error(*mean)}, {within} / {len(found)}")
-        if name != FIXED:
-            rows.append([name, *cells])
+            found = [against(run, a_N, b_N) for run, a_N, b_N in both]
+            counted = tally(found, chance=False)
+            mean = mean_of([run for run, _, _ in both], found) if both else ""
+            cells.append(f"{mean}, {counted.within} / {counted.all}" if both else "")
+        rows.append([name, *cells])
     table(["", *ENDS], rows)
 
 
 def among_themselves(runs: Sequence[Adaptive]) -> None:
     """Each strategy less the default, over the units that both have."""
-    names = [n for n in names_of(runs) if n != FIXED]
+    names = strategies_of(runs)
     if len(names) < 2:
         return
     first = "shrink" if "shrink" in names else names[0]
@@ -130,18 +135,10 @@ def among_themselves(runs: Sequence[Adaptive]) -> None:
         there = [run for run in runs if {name, first} <= set(run.arms)]
         if name == first or not there:
             continue
-        found = [apart(run, run.arms[name].loss_N, run.arms[first].loss_N) for run in there]
-        d = [d for d, _ in found]
-        ahead, behind = sum(d < -se for d, se in found), sum(d > se for d, se in found)
-        rows.append(
-            [
-                name,
-                str(len(d)),
-                with_error(*over_runs(d, tasks_of(there))),
-                nats(float(np.median(d)), "+"),
-                f"{ahead} : {behind}",
-            ]
-        )
+        x = [against(run, run.arms[name].loss_N, run.arms[first].loss_N) for run in there]
+        counted, median = tally(x, chance=False), float(np.median([e.d for e in x]))
+        beyond = f"{counted.won} : {counted.lost}"
+        rows.append([name, str(counted.all), mean_of(there, x), nats(median, "+"), beyond])
     table(["", "units", "mean ± over tasks", "median", "beyond one error better : worse"], rows)
 
 
@@ -155,7 +152,7 @@ def in_fewer_bits(quantized: Sequence[Adaptive], runs: Sequence[Adaptive]) -> No
             continue
         for name in other.arms.keys() & run.arms.keys():
             a, b = other.arms[name], run.arms[name]
-            delivered, last = (apart(run, a.loss_N, b.loss_N), apart(run, a.last_N, b.last_N))
+            delivered, last = apart(run, a.loss_N, b.loss_N), apart(run, a.last_N, b.last_N)
             ranks = f"{a.rank}, {b.rank}"
             rows.append([named(run.unit), other.quantize, name, ranks, with_error(*delivered), with_error(*last)])
     if rows:
@@ -177,36 +174,26 @@ def against_sweeps(runs: Sequence[Adaptive], sweeps: Sequence[Sweep], found: dic
     both = [(run, by_unit[run.unit]) for run in runs if run.unit in by_unit]
     if not both:
         return
-    names, units = names_of([run for run, _ in both]), tasks_of([run for run, _ in both])
+    names = names_of([run for run, _ in both])
     sums = []
     for which, (words, reference) in enumerate(REFERENCES.items()):
         rows, columns = [], []
         for run, s in both:
             assert s.loss_KN is not None
             other = reference(s)
-            x = {n: against(run, n, s.loss_KN[other], found) for n in names if n in run.arms}
-            columns.append(x)
+            x = {n: against(run, arm.loss_N, s.loss_KN[other], found) for n, arm in run.arms.items()}
+            columns.append((run, x))
             label = f"{named(run.unit)}: r = {s.ranks[other]}, ×{s.rates[other]:g}"
             rows.append([label, *(with_error(x[n].d, x[n].se) if n in x else "" for n in names)])
         if which == 0:
             print(f"### Whole runs less the sweep's {words}\n")
             table(["", *names], rows)
         for name in names:
-            all_x = [x[name] for x in columns if name in x]
+            there = [(run, x[name]) for run, x in columns if name in x]
+            all_x = [x for _, x in there]
             alone, with_chance = tally(all_x, chance=False), tally(all_x, chance=True)
             within = [f"{t.within} / {t.all}" for t in (alone, with_chance)]
-            sums.append(
-                [
-                    words,
-                    name,
-                    with_error(
-                        *over_runs(
-                            [x.d for x in all_x], [u for u, x in zip(units, columns, strict=True) if name in x]
-                        )
-                    ),
-                    *within,
-                ]
-            )
+            sums.append([words, name, mean_of([run for run, _ in there], all_x), *within])
     print("### The same in sum\n")
     table(["less the sweep's", "", "mean ± over tasks", "at most one error worse", "with chance"], sums)
 

@@ -46,7 +46,8 @@ def default_pick(curve: Curve, share: float) -> int | None:
 def clearly_better(curve: Curve, given: int, scales: Sequence[float], passes: float) -> int | None:
     """As `--lr-scales` takes one (select/opening.py).
 
-    The given rate, unless another is clearly better, and much better where a raised one would see the rows often.
+    The given rate, unless another is clearly better, and much better where a raised one would see the rows often. (By
+    two errors: records do not hold of how many documents they are, where the choice itself asks for more with few.)
     """
     best = lowest(curve.loss_K)
     if best is None or not np.isfinite(curve.loss_K[given]):

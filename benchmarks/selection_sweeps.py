@@ -80,6 +80,18 @@ def shown(look: Look, how: str, rate: float, at: Sequence[int]) -> Curve | None:
             return look.truncated.get(rate)
 
 
+def curves_of(sweep: Sweep, how: str, rate: float) -> list[Curve]:
+    """Of all looks; none where they did not measure that."""
+    at = sweep.at(rate)
+    return [c for look in sweep.looks if (c := shown(look, how, rate, at)) is not None]
+
+
+def orders(sweep: Sweep, curves: Sequence[Curve], rate: float) -> list[float]:
+    """Rank correlation of each curve with the end."""
+    end_K = sweep.loss_K[sweep.at(rate)]
+    return [correlation(c.loss_K, end_K[: len(c.loss_K)]) for c in curves]
+
+
 def by_default(curve: Curve) -> int | None:
     return default_pick(curve, SHARE)
 
@@ -106,21 +118,20 @@ def early_looks(sweeps: Sequence[Sweep], rate_of: Callable[[Sweep], float], titl
         trainings.append((s, rate, at, small, s.loss_K[at]))
     means, by_task = [], []
     for name, (how, pick) in METHODS.items():
-        orders: dict[str, list[list[float]]] = {}
+        of_task: dict[str, list[list[float]]] = {}
         regrets = []
-        for s, rate, at, small, end_K in trainings:
-            curves = [c for look in s.looks if (c := shown(look, how, rate, at)) is not None]
+        for s, rate, _, small, end_K in trainings:
+            curves = curves_of(s, how, rate)
             if not curves:
                 continue
-            order = [correlation(c.loss_K, end_K[: len(c.loss_K)]) for c in curves]
-            orders.setdefault(s.unit[0], []).append(order)
+            of_task.setdefault(s.unit[0], []).append(orders(s, curves, rate))
             regrets.append([regret(pick(c.only(small)), end_K) for c in curves])
         if not regrets:
             continue
         if name in PICKED or how == "averaged":
-            each = [order for some in orders.values() for order in some]
+            each = [order for some in of_task.values() for order in some]
             means.append([f"rank correlation, {how} ({len(each)})", *(f"{x:+.2f}" for x in mean(each))])
-            for task, some in sorted(orders.items()):
+            for task, some in sorted(of_task.items()):
                 label = f"{task}, {how} ({len(some)})"
                 by_task.append([label, *(f"{x:+.2f}" for x in mean(some))])
         means.append([f"regret, {name}", *map(nats, mean(regrets))])

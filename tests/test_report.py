@@ -245,6 +245,19 @@ def test_of_one_rank_at_two_rates_the_one_that_diverged_is_named():
     assert f"rank {rank} at 1e+30 × lr (diverged)" in drawn
 
 
+def test_several_that_diverged_are_listed():
+    """A twin has a comma of its own in its name."""
+    changed = copy.deepcopy(GOLDEN)
+    rank = changed["candidates"][0]["rank"]
+    lost = {"rank": rank, "status": "diverged", "steps": 3}
+    changed["candidates"] += [lost | {"lr_scale": 4}, lost | {"twin": True}]
+    (two,) = warnings(Result.model_validate(changed))
+    assert two.startswith(f"Diverged: rank {rank} at 4 × lr and rank {rank}, twin were removed")
+    changed["candidates"].append(lost | {"rank": 128})
+    (three,) = warnings(Result.model_validate(changed))
+    assert three.startswith(f"Diverged: rank {rank} at 4 × lr, rank {rank}, twin and rank 128 were removed")
+
+
 def test_the_page_says_the_doubts():
     assert warnings(diverged())[0] in page("diverged")[1].text()
 

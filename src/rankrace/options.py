@@ -60,11 +60,12 @@ def switch(name: str) -> bool:
 def refuse_idle(config: RunConfig) -> None:
     """Raises RankraceError for an option that others leave without effect."""
     opening = len(rates_tried(config.lr_scales)) > 1 or config.twin
+    searching = RunConfig.model_fields["search_fraction"].default
     idle = [
         ("lr_scales or twin", opening and config.strategy == "grid", "strategy shrink or race"),
         ("layer_ranks", config.layer_ranks != "uniform" and config.strategy != "shrink", "strategy shrink"),
         ("penalty_weight", config.penalty_weight > 0 and config.penalty == "log2", "penalty parameters or bytes"),
-        ("search_fraction", config.search_fraction != 0.15 and config.strategy != "grid", "strategy grid"),
+        ("search_fraction", config.search_fraction != searching and config.strategy != "grid", "strategy grid"),
         ("kappa", config.kappa > 0 and config.penalty != "log2", "penalty log2"),
         ("prefer", config.prefer != "balanced" and config.rule == "argmin", "a rule other than argmin"),
     ]

@@ -296,12 +296,13 @@ class LookPlan:
             "grid": ((config.search_fraction,),),
         }[config.strategy]
         later = int(config.strategy != "grid")  # the look at LATER, if ranks cannot be told apart before
-        affordable = [int(LOOK_SHARE * training / ranks_measured(config, len(plan) + later)) for plan in plans]
+        measured = [ranks_measured(config, len(plan) + later) for plan in plans]
+        affordable = [int(LOOK_SHARE * training / ranks) for ranks in measured]
         chosen = next((i for i, looked in enumerate(affordable) if looked >= LOOK_ENOUGH), len(plans) - 1)
         return LookPlan(
             fractions=plans[chosen],
             most=len(plans[chosen]) + later + opens(config),
             looked=max(affordable[chosen], LOOK_ENOUGH),
             fresh=max(int(FRESH_SHARE * training / 2), LOOK_ENOUGH),
-            example_share=ranks_measured(config, len(plans[chosen]) + later) / training,
+            example_share=measured[chosen] / training,
         )

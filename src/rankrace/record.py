@@ -30,7 +30,7 @@ from rankrace.result import (
 )
 from rankrace.result import Ending as EndingRecord
 from rankrace.select.ending import Difference, Ending
-from rankrace.select.reason import doubt, reason
+from rankrace.select.reason import doubt, is_confident, reason
 from rankrace.select.statistics import mean_and_se
 from rankrace.session import Session
 from rankrace.training.loop import Measured
@@ -173,8 +173,8 @@ def decision_of(session: Session, rise: Difference | None = None) -> Decision:
         fraction=look.step / session.trainer.total,
         edge=look.edge,
         capped=look.capped,
-        confident=(why_not := doubt(look)) is None,
-        doubt=why_not,
+        confident=is_confident(look),
+        doubt=doubt(look),
         clusters=look.verdict.clusters,
         lr_scale=look.lr_scale,
         lr_edge=lr_edge(session),

@@ -143,17 +143,10 @@ class LearningRate(_Record):
     """Standard error of the paired difference from the best."""
 
 
-def candidate_name(one: "Candidate | Series") -> str:
-    """What tells it from other candidates of its rank, too."""
-    scale = f" at {one.lr_scale:.3g} × lr" if one.lr_scale != 1 else ""
-    return f"rank {one.rank}{scale}" + (", twin" if one.twin else "")
+class _OfCandidate(_Record):
+    """What is told of one candidate."""
 
-
-class Candidate(_Record):
     rank: PositiveInt
-    status: Literal["winner", "dropped", "diverged"]
-    steps: NonNegativeInt
-    """Optimiser steps it was trained for."""
     lr_scale: Annotated[float, Field(gt=0)] = 1.0
     """Of the rank's own learning rate: `--lr-scales` trains a rank at several."""
     twin: bool = False
@@ -161,7 +154,15 @@ class Candidate(_Record):
 
     @property
     def name(self) -> str:
-        return candidate_name(self)
+        """What tells it from other candidates of its rank, too."""
+        scale = f" at {self.lr_scale:.3g} × lr" if self.lr_scale != 1 else ""
+        return f"rank {self.rank}{scale}" + (", twin" if self.twin else "")
+
+
+class Candidate(_OfCandidate):
+    status: Literal["winner", "dropped", "diverged"]
+    steps: NonNegativeInt
+    """Optimiser steps it was trained for."""
 
 
 class Time(_Record):
@@ -191,20 +192,11 @@ class DataFacts(_Record):
     sha256: str
 
 
-class Series(_Record):
+class Series(_OfCandidate):
     """One candidate's training loss at each of `steps`; null where it was not finite."""
 
-    rank: PositiveInt
     steps: list[NonNegativeInt]
     losses: Sequence[Traced]
-    lr_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Of the rank's own learning rate: `--lr-scales` trains a rank at several."""
-    twin: bool = False
-    """It began with a second draw of the factors (`--twin`)."""
-
-    @property
-    def name(self) -> str:
-        return candidate_name(self)
 
     @model_validator(mode="after")
     def _same_length(self) -> Self:

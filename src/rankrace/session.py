@@ -229,12 +229,13 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
     documents = min(len({e.group for e in half}) for half in (looked, fresh))
     if min(len(looked), len(fresh)) >= FRESH_LEAST and documents > 1:
         return looked, fresh, []
-    why = f"is too small to halve: it has {len(examples)} examples"
-    if len(examples) >= 2 * FRESH_LEAST:
+    if len(examples) < 2 * FRESH_LEAST:
+        why = f"is too small to halve: it has {len(examples)} examples"
+    elif len(groups) in (2, 3):
+        why = f"is not halved: documents stay whole, and no error is known from one; it has {len(groups)}"
+    else:
         largest = max(map(len, members.values()))
         why = f"is not halved: documents stay whole, and {largest} of its {len(examples)} examples are of one"
-        if len(groups) in (2, 3):
-            why = f"is not halved: documents stay whole, and no error is known from one; it has {len(groups)}"
     return list(examples), list(examples), [
         f"The validation set {why}. Each look measures all of them, and so does the final loss: on the examples that "
         "chose the rank it is optimistic."

@@ -239,8 +239,7 @@ def _micro_rows(
     indices: Sequence[int], lengths: Sequence[int] | np.ndarray, micro_tokens: int
 ) -> tuple[tuple[int, ...], ...]:
     """As few rows as filling them one after the other takes, and as even: 6,000 tokens in rows of at most 4,000 are
-    two of 3,000. (Another order might do with fewer: 2.45 instead of 2.52 a step on SQuAD's lengths, for less even
-    ones.)
+    two of 3,000. (Another order might do with fewer, and less even ones.)
 
     The longest row is what takes memory, and the shortest what leaves a chip idle.
     """

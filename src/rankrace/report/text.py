@@ -126,8 +126,11 @@ def warnings(result: Result) -> list[str]:
     lost = [candidate for candidate in result.candidates if candidate.status == "diverged"]
     if lost:
         verb = "was" if len(lost) == 1 else "were"
-        names = " and ".join(", ".join(c.name for c in lost).rsplit(", ", 1)) if len(lost) > 1 else lost[0].name
-        found.append(f"Diverged: {names} {verb} removed when the loss or a gradient was no longer finite.")
+        *others, last = (candidate.name for candidate in lost)
+        names = [", ".join(others), last] if others else [last]
+        found.append(
+            f"Diverged: {' and '.join(names)} {verb} removed when the loss or a gradient was no longer finite."
+        )
     return found
 
 
