@@ -273,22 +273,23 @@ def adaptive_of(record: Mapping[str, Any]) -> Adaptive:
 
 
 def adaptives(root: Path = ROOT, folders: Sequence[str] = ("adaptive",)) -> list[Adaptive]:
-    """Each unit's arms from all folders: of an arm that is in several, the first."""
-    found: dict[Unit, Adaptive] = {}
+    """Each unit's arms on each base from all folders: of an arm that is in several, the first."""
+    found: dict[tuple[Unit, str], Adaptive] = {}
     for run in (adaptive_of(record) for folder in folders for _, record in read(root / folder)):
-        before = found.get(run.unit, run)
+        key = run.unit, run.quantize
+        before = found.get(key, run)
         if before.made != run.made:
-            raise ValueError(f"{run.unit}: runs in {', '.join(folders)} differ in rows, length, warm-up or base")
+            raise ValueError(f"{run.unit}: runs in {', '.join(folders)} differ in rows, length or warm-up")
         missing = {name: arm for name, arm in run.arms.items() if name not in before.arms}
-        found[run.unit] = replace(before, arms={**before.arms, **missing})
-    return sorted(found.values(), key=lambda a: a.unit)
+        found[key] = replace(before, arms={**before.arms, **missing})
+    return [found[key] for key in sorted(found)]
 
 
 def choices(root: Path = ROOT, folders: Sequence[str] = ("adaptive",)) -> dict[tuple[str, str], dict[int, int]]:
     """(task, strategy) → seed → rank, from those that ended with the choice and from whole runs of other seeds."""
     found: dict[tuple[str, str], dict[int, int]] = {}
-    for folder in ("choices", *folders):
-        for _, record in read(root / folder):
+    for folder in (*sorted(root.glob("choices*")), *(root / name for name in folders)):
+        for _, record in read(folder):
             for name, arm in record["arms"].items():
                 found.setdefault((record["task"], called(name, arm)), {}).setdefault(record["seed"], arm["rank"])
     return found

@@ -357,7 +357,7 @@ def test_records_of_all_ages_are_read_as_one():
 
 
 def test_arms_of_two_folders_are_put_together(tmp_path: Path):
-    """Those of the first count; other rows are another unit's."""
+    """Those of the first count; other rows are another unit's, and another base is a run of its own."""
     first, second = adaptive_record(), adaptive_record()
     del first["arms"]["grid"]
     second["arms"]["fixed"]["candidate_steps"] = 9.0
@@ -367,10 +367,15 @@ def test_arms_of_two_folders_are_put_together(tmp_path: Path):
     (run,) = records.adaptives(tmp_path, ("a", "b"))
     assert list(run.arms) == ["fixed", "shrink", "shrink-lr-one", "race-one", "grid-one"]
     assert run.arms["fixed"].candidate_steps == 1
-    for other in ({"data_sha256": "other"}, {"quantize": "fp8"}):
-        (tmp_path / "b" / "x.json").write_text(json.dumps(second | other))
-        with pytest.raises(ValueError, match="differ in rows"):
-            records.adaptives(tmp_path, ("a", "b"))
+    (tmp_path / "b" / "x.json").write_text(json.dumps(second | {"data_sha256": "other"}))
+    with pytest.raises(ValueError, match="differ in rows"):
+        records.adaptives(tmp_path, ("a", "b"))
+    for base in ("fp8", "nf4"):
+        (tmp_path / "b" / f"{base}.json").write_text(json.dumps(second | {"quantize": base}))
+    (tmp_path / "b" / "x.json").unlink()
+    assert [(r.quantize, len(r.arms)) for r in records.adaptives(tmp_path, ("a", "b"))] == [
+        ("fp8", 5), ("none", 4), ("nf4", 5),
+    ]  # fmt: skip
 
 
 def test_how_an_adaptive_run_came_to_its_rank():

@@ -37,8 +37,9 @@ LEAST_TOKENS, MOST_TOKENS = 512, 32768
 """Of a pass on a GPU, whatever fits."""
 FULL_TOKENS = 3200
 """Of a pass on a GPU: products of fewer do not keep all of it busy."""
-LAUNCHES_HIDDEN = 2.0
-"""The products of a pass take so many times its launches: then the host runs ahead, and the chip never waits."""
+LAUNCHES_HIDDEN, LAUNCHES_SMALL = 2.0, 10.0
+"""The products of a pass take so many times its launches. From Python: then the host runs ahead, and the chip never
+waits. In a CUDA graph nothing runs ahead, and what starting its kernels takes comes on top: a tenth at most."""
 GRAPHS_WORTH = 1 / 3
 """Of the time of its products: a pass that takes more to launch is launched as a CUDA graph."""
 FREE_SHARE = 0.85
@@ -183,12 +184,13 @@ def probed(config: RunConfig, data: Data, packed: PackedModel[Bank], room: float
 def worthwhile_tokens(shape: PreTrainedConfig, way: Way) -> int:
     """Of a pass on a GPU: longer ones are hardly faster, and take more memory.
 
-    4·D_in·D_out operations a token and layer have to hide the layer's launches. So wide models want few tokens, small
-    ones as many as there are; and a CUDA graph fewer than Python.
+    4·D_in·D_out operations a token and layer have to hide the layer's launches, or to dwarf them. So wide models want
+    few tokens, small ones as many as there are; and a CUDA graph fewer than Python.
     """
     D = shape.hidden_size
     weights = D * (4 * D + 3 * inner_width(shape)) / 7  # the mean of a block's seven layers, or about that
-    tokens = LAUNCHES_HIDDEN * way.launch_s * way.operations / (4 * weights)
+    times = LAUNCHES_SMALL if way is GRAPHS else LAUNCHES_HIDDEN
+    tokens = times * way.launch_s * way.operations / (4 * weights)
     return min(MOST_TOKENS, max(FULL_TOKENS, -(-int(tokens) // 512) * 512))
 
 
