@@ -1,10 +1,13 @@
 """Truncation against the plain SVD of the formed update."""
 
+import sys
+
 import pytest
 import torch
+from torch import Tensor
 
 from models import tiny
-from rankrace.bank import Bank, spectrum
+from rankrace.bank import Bank, Candidates, spectrum
 from rankrace.bank.threads import in_threads
 from rankrace.errors import RankraceError
 
@@ -80,6 +83,37 @@ def test_truncations_of_a_candidate_in_the_bank() -> None:
         S = torch.linalg.svdvals(update)
         torch.testing.assert_close(torch.linalg.norm(update - 5.0 * b[0] @ a[0]), S[2:].norm())
         assert not a[0, 2:].any()
+
+
+def test_layers_together_are_layers_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many fit together, in whatever order their shapes come."""
+
+    def cut_and_lent() -> tuple[Candidates, Tensor]:
+        cut = bank.candidates.truncations(0, (2, 12), (5.0, 3.0), allocations=(None, allocation))
+        with bank.borrowed(cut):
+            assert bank._lent is not None
+            return cut, bank._lent.compute.all_KP
+
+    bank = Bank(tiny("llama"))
+    bank.start((12,), (4.0,))
+    for i, layer in enumerate(bank.layers.values()):
+        torch.manual_seed(i)
+        layer.B_KDR.data.normal_()
+    allocation = {name: i % 3 for i, name in enumerate(bank.layers)}
+    together, lent = cut_and_lent()
+    monkeypatch.setattr(sys.modules["rankrace.bank.spectrum"], "BATCH_BYTES", 1)  # the package calls a function so
+    monkeypatch.setattr("rankrace.bank.loaded.PIECE", 1)
+    alone, lent_alone = cut_and_lent()
+    assert list(together.factors) == list(alone.factors) == list(bank.layers)
+    assert together.layer_ranks == alone.layer_ranks
+    for name, pair in together.factors.items():
+        for a, b in zip(pair, alone.factors[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lent, lent_alone, rtol=0, atol=1e-12)
+    (A_KRD, _), *_, (_, B_KDR) = together.factors.values()
+    for k, s in enumerate((5.0, 3.0)):
+        assert torch.equal(lent[k, : A_KRD[k].numel()], A_KRD[k].flatten())
+        assert torch.equal(lent[k, -B_KDR[k].numel() :], (s * B_KDR[k]).flatten())
 
 
 def test_rank_that_is_not_there_is_told_from_rank_that_is_small() -> None:

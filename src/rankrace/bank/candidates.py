@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rankrace.bank.spectrum import Spectrum, spectra
+from rankrace.bank.spectrum import Spectrum, alike, spectra, truncated
+from rankrace.bank.threads import one_thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +91,22 @@ class Candidates:
         K, ranks = len(ranks), tuple(ranks)
         whole = whole or self.spectra(k)
         cuts = list(zip(ranks, allocations or [None] * K, strict=True))
-        factors, layer_ranks = {}, {}
-        for name, (A, B) in self.factors.items():
-            kept = tuple(r if allocation is None else allocation[name] for r, allocation in cuts)
-            most = max(kept)
-            A_KRD, B_KDR = A.new_zeros(K, padded(most), A.shape[2]), B.new_zeros(K, B.shape[1], padded(most))
-            # A cut is the beginning of a wider one.
-            A_RD, B_DR = whole[name].truncated(most, 1.0)
-            for j, (r, s) in enumerate(zip(kept, multipliers, strict=True)):
-                torch.mul(A_RD[:r], s**-0.5, out=A_KRD[j, :r])
-                torch.mul(B_DR[:, :r], s**-0.5, out=B_KDR[j, :, :r])
-            factors[name] = (A_KRD, B_KDR)
-            if kept != ranks:
-                layer_ranks[name] = kept
+        kept = {n: tuple(r if a is None else a[n] for r, a in cuts) for n in self.factors}
+        factors = {}
+        with one_thread():
+            for names in alike({n: (kept[n], whole[n].A_RD, whole[n].B_DR) for n in self.factors}):
+                A, B = self.factors[names[0]]
+                mine = kept[names[0]]
+                A_LrD, B_LDr = truncated([whole[n] for n in names], max(mine))
+                A_LKRD = A.new_zeros(len(names), K, padded(max(mine)), A.shape[2])
+                B_LKDR = B.new_zeros(len(names), K, B.shape[1], padded(max(mine)))
+                # A cut is the beginning of a wider one.
+                for j, (r, s) in enumerate(zip(mine, multipliers, strict=True)):
+                    torch.mul(A_LrD[:, :r], s**-0.5, out=A_LKRD[:, j, :r])
+                    torch.mul(B_LDr[:, :, :r], s**-0.5, out=B_LKDR[:, j, :, :r])
+                factors |= dict(zip(names, zip(A_LKRD, B_LKDR, strict=True), strict=True))
+        factors = {name: factors[name] for name in self.factors}
+        layer_ranks = {name: mine for name, mine in kept.items() if mine != ranks}
         heads = {n: tuple(p[[k] * K].clone() for p in ps) for n, ps in self.heads.items()}
         return Candidates(
             ranks=ranks, multipliers=tuple(multipliers), factors=factors, heads=heads, layer_ranks=layer_ranks

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 
 from rankrace.bank.candidates import Candidates
 from rankrace.bank.flat import Flat
+from rankrace.bank.threads import one_thread
+
+PIECE = 2**22
+"""Numbers of one candidate that are copied at once: all of a small model, whose layers one by one would take longer
+to launch than to copy; a part of a large one, so that little of it is there twice."""
 
 
 class Computing:
@@ -22,6 +27,17 @@ class Computing:
         shapes = {name: tensors[name].shape[1:] for name in self.factors}
         self.compute = Flat(shapes, len(self.ranks), dtype=dtype, device=first.device)
 
+    def fill(self, values_KP: Tensor, begin: int, *, scaled: bool) -> None:
+        """From this place on: factors A as they are, B times the multiplier.
+
+        It joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
+        """
+        into_KP = self.compute.all_KP[:, begin : begin + values_KP.shape[1]]
+        if scaled:
+            torch.mul(values_KP, self.multiplier_K[:, None], out=into_KP)
+        else:
+            into_KP.copy_(values_KP)
+
 
 class Lent(Computing):
     """Candidates that are measured: the factors as the products use them, in the model's type, and the heads.
@@ -32,10 +48,14 @@ class Lent(Computing):
     def __init__(self, candidates: Candidates, dtype: torch.dtype) -> None:
         tensors = candidates.tensors()
         super().__init__(candidates, tensors, dtype)
-        for name in self.factors:
-            t = tensors.pop(name)
-            # The multiplier joins B in full precision: a ratio such as 32/12 does not exist in bfloat16.
-            self.compute.views[name].copy_(t * self.multiplier_K[:, None, None] if name.endswith(".B") else t)
+        K, end, half = len(self.ranks), 0, len(self.factors) // 2
+        together = max(1, PIECE // max(tensors[name][0].numel() for name in self.factors))
+        with one_thread():
+            for names, scaled in ((self.factors[:half], False), (self.factors[half:], True)):
+                for first in range(0, half, together):
+                    piece = [tensors.pop(name).reshape(K, -1) for name in names[first : first + together]]
+                    self.fill(torch.cat(piece, dim=1), end, scaled=scaled)
+                    end += sum(t.shape[1] for t in piece)
         self.heads = tensors
 
     def parameter(self, name: str) -> nn.Parameter:
@@ -68,7 +88,6 @@ class Loaded(Computing):
 
     def refresh(self) -> None:
         """Brings what the products use up to date with the factors."""
-        values_KP, compute_KP, P_A = self.values.all_KP, self.compute.all_KP, self._P_A
-        compute_KP[:, :P_A].copy_(values_KP[:, :P_A])
-        B_KP = values_KP[:, P_A : compute_KP.shape[1]]  # scaled in full precision: see Lent
-        torch.mul(B_KP, self.multiplier_K[:, None], out=compute_KP[:, P_A:])
+        values_KP, P_A, P = self.values.all_KP, self._P_A, self.compute.all_KP.shape[1]
+        self.fill(values_KP[:, :P_A], 0, scaled=False)
+        self.fill(values_KP[:, P_A:P], P_A, scaled=True)

@@ -10,19 +10,22 @@ long columns through the host one by one. Squaring costs half of float64's digit
 the factors themselves are float32. U S V' = ΔW Q W W' Q' holds to all digits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rankrace.bank.threads import in_threads
+from rankrace.bank.threads import in_threads, one_thread
 from rankrace.errors import RankraceError
 
 LEAST = 1e-7
 """Of the largest singular value: what float64 can still tell from zero after squaring."""
 TOGETHER = 8
 """Layers that one thread decomposes at a time."""
+BATCH_BYTES = 2**25
+"""Of factors in float64, of layers of one shape that are multiplied at once: a small model has hundreds of layers,
+whose products take longer to launch one by one than to compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +59,29 @@ class Spectrum:
         Returns A [r, D_in] and B [D_out, r] with `multiplier`·B A = U_r S_r V_rᵀ. √S goes into both, so that
         neither factor's gradient is scaled apart from the other's. Rank 0 is no update.
         """
-        assert 0 <= rank <= self.S_R.numel(), f"rank {rank} of a spectrum of {self.S_R.numel()}"
-        root_r = (self.S_R[:rank] / multiplier).sqrt()
-        return (self.V(rank) * root_r).T.contiguous(), self.U(rank) * root_r
+        A_1rD, B_1Dr = truncated([self], rank)
+        return A_1rD[0] * multiplier**-0.5, B_1Dr[0] * multiplier**-0.5
+
+
+def truncated(layers: Sequence[Spectrum], rank: int) -> tuple[Tensor, Tensor]:
+    """The same of L layers of one shape at a multiplier of 1: A [L, r, D_in] and B [L, D_out, r] in float64."""
+    assert 0 <= rank <= layers[0].S_R.numel(), f"rank {rank} of a spectrum of {layers[0].S_R.numel()}"
+    root_Lr = torch.stack([one.S_R[:rank] for one in layers]).sqrt()
+    to_V_LRr = torch.stack([one.to_V_RR[:, :rank] for one in layers]) * root_Lr[:, None]
+    A_LrD = to_V_LRr.mT @ torch.stack([one.A_RD for one in layers]).double()
+    to_U_LRr = torch.stack([one.to_U_RR[:, :rank] for one in layers]) * root_Lr[:, None]
+    return A_LrD, torch.stack([one.B_DR for one in layers]).double() @ to_U_LRr
+
+
+def alike(layers: Mapping[str, tuple[Hashable, Tensor, Tensor]]) -> Iterator[list[str]]:
+    """Names of layers whose two tensors have the same shapes, and that are equal in what stands before these: as many
+    together as BATCH_BYTES hold."""
+    found: dict[tuple[Hashable, torch.Size, torch.Size], list[str]] = {}
+    for name, (same, A, B) in layers.items():
+        found.setdefault((same, A.shape, B.shape), []).append(name)
+    for (_, A_shape, B_shape), names in found.items():
+        most = max(1, BATCH_BYTES // max(1, 8 * (A_shape.numel() + B_shape.numel())))
+        yield from (names[i : i + most] for i in range(0, len(names), most))
 
 
 def spectrum(A_RD: Tensor, B_DR: Tensor, multiplier: float) -> Spectrum:
@@ -68,15 +91,19 @@ def spectrum(A_RD: Tensor, B_DR: Tensor, multiplier: float) -> Spectrum:
 
 def spectra(factors: Mapping[str, tuple[Tensor, Tensor]], multiplier: float) -> dict[str, Spectrum]:
     """The same for many layers, A [R, D_in] and B [D_out, R] each."""
-    by_rank: dict[int, list[str]] = {}
+    grams, by_rank = {}, dict[int, list[str]]()
+    with one_thread():
+        for names in alike({n: (None, A, B) for n, (A, B) in factors.items()}):
+            A_LRD, B_LDR = (torch.stack([factors[n][i] for n in names]).double() for i in range(2))
+            both = zip(A_LRD @ A_LRD.mT, multiplier**2 * (B_LDR.mT @ B_LDR), strict=True)
+            grams |= dict(zip(names, both, strict=True))
     for name, (A, _) in factors.items():
         by_rank.setdefault(len(A), []).append(name)
     found = {}
     for names in by_rank.values():
         device = factors[names[0]][0].device
         # On a GPU decompositions so small are slower than on the host.
-        A_grams_NRR = torch.stack([gram(factors[n][0].T) for n in names]).cpu()
-        B_grams_NRR = torch.stack([multiplier**2 * gram(factors[n][1]) for n in names]).cpu()
+        A_grams_NRR, B_grams_NRR = (torch.stack([grams[n][i] for n in names]).cpu() for i in range(2))
         if not (A_grams_NRR.isfinite().all() and B_grams_NRR.isfinite().all()):
             raise RankraceError(
                 "the singular values of an adapter cannot be told: it is not finite, or its square is not",
@@ -85,17 +112,11 @@ def spectra(factors: Mapping[str, tuple[Tensor, Tensor]], multiplier: float) -> 
             )
         parts = in_threads(decomposed, zip(A_grams_NRR.split(TOGETHER), B_grams_NRR.split(TOGETHER), strict=True))
         S_NR, to_U_NRR, to_V_NRR = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
+        to_U_NRR *= multiplier
         for i, name in enumerate(names):
             A_RD, B_DR = factors[name]
-            to_U_RR = multiplier * to_U_NRR[i]
-            found[name] = Spectrum(A_RD=A_RD, B_DR=B_DR, S_R=S_NR[i], to_U_RR=to_U_RR, to_V_RR=to_V_NRR[i])
+            found[name] = Spectrum(A_RD=A_RD, B_DR=B_DR, S_R=S_NR[i], to_U_RR=to_U_NRR[i], to_V_RR=to_V_NRR[i])
     return {name: found[name] for name in factors}
-
-
-def gram(X_DR: Tensor) -> Tensor:
-    """XᵀX [R, R] in float64."""
-    X_DR = X_DR.double()
-    return X_DR.T @ X_DR
 
 
 def decomposed(grams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
