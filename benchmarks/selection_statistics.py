@@ -40,7 +40,8 @@ def default_pick(curve: Curve, share: float) -> int | None:
         return None
     loss_K = np.where(np.isfinite(curve.loss_K), curve.loss_K, np.inf)
     bought = float(loss_K[np.isfinite(loss_K)][0] - loss_K[best])
-    return smallest_within(loss_K.tolist(), curve.se_KK[best].tolist(), best, ERRORS["two_se"], share * bought)
+    slack_1 = np.array([share * bought])
+    return int(smallest_within(loss_K[None], curve.se_KK[best][None], np.array([best]), ERRORS["two_se"], slack_1)[0])
 
 
 def clearly_better(curve: Curve, given: int, scales: Sequence[float], passes: float) -> int | None:

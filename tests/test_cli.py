@@ -253,6 +253,7 @@ def test_an_edge_is_said_beside_the_rank(causal: Trained, tmp_path: Path) -> Non
         ran = rankrace(command, *given, "--ranks", 3, *out)
         assert ran.code == 0, ran.err
         assert "but         Edge of the search: 3 is the smallest rank there was to choose." in ran.out
+        assert "interval" not in ran.out, "of one rank"
         assert "Not confident" not in ran.out, "the edge is why"
 
 

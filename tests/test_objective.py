@@ -16,8 +16,19 @@ from rankrace.config import Rule, RunConfig
 from rankrace.errors import RankraceError
 from rankrace.options import checked
 from rankrace.select.build import SHARES, penalty_of
-from rankrace.select.objective import Held, Objective, Penalty, Trial, Verdict, linear_penalty, log2_penalty
+from rankrace.select.objective import (
+    DRAWS,
+    Curve,
+    Held,
+    Objective,
+    Penalty,
+    Trial,
+    Verdict,
+    linear_penalty,
+    log2_penalty,
+)
 from rankrace.select.reason import doubt, is_confident, reason
+from rankrace.select.statistics import bootstrap_weights
 from rankrace.select.strategy import Edge, Look, Train
 
 FREE = log2_penalty(0.0)
@@ -477,6 +488,63 @@ def test_few_examples_give_honest_errors_and_no_crash(examples: int, rule: Rule)
 def test_the_standard_error_shrinks_with_the_root_of_the_number_of_examples():
     se = {n: judge({2: 2.1, 4: 2.0}, noise=0.1, held=held_out(n)).at(2).se for n in (64, 6400)}
     assert se[64] / se[6400] == pytest.approx(10, rel=0.25)
+
+
+# --- the choice from other held-out examples
+
+
+def sampled(seed: int, documents: int = 60) -> tuple[list[Trial], Held]:
+    """Documents of 1 to 4 examples, some of which want a larger rank than others."""
+    rng = np.random.default_rng(seed)
+    cluster_N = np.repeat(np.arange(documents), rng.integers(1, 5, documents))
+    tokens_N = rng.integers(5, 60, len(cluster_N))
+    hard_N, wants_N = rng.gamma(2.0, 0.5, documents)[cluster_N], rng.exponential(1.0, documents)[cluster_N]
+    held = Held(tokens_N=tokens_N, cluster_N=cluster_N, base_N=9.0 * tokens_N)
+    losses = {r: hard_N + 0.2 * wants_N / r + 0.002 * r * rng.normal(size=documents)[cluster_N] for r in (1, *GRID)}
+    return [Trial(rank=r, loss_N=x * tokens_N, source="direct") for r, x in losses.items()], held
+
+
+@both_rules
+def test_a_bootstrap_sample_is_judged_as_a_validation_set_of_those_documents(rule: Rule):
+    given, held = sampled(0, documents=12)
+    objective = Objective(penalty=log2_penalty(0.0005), rule=rule, share=0.04)
+    weight_BC = bootstrap_weights(12, DRAWS)
+    picks = []
+    for weight_C in weight_BC[:40]:
+        # Each time a document is drawn it is another document.
+        drawn = [np.flatnonzero(held.cluster_N == c) for c, times in enumerate(weight_C) for _ in range(times)]
+        at_N, cluster_N = np.concatenate(drawn), np.repeat(np.arange(12), [len(d) for d in drawn])
+        again = Held(tokens_N=held.tokens_N[at_N], cluster_N=cluster_N, base_N=held.base_N[at_N])
+        picks.append(objective.judge([replace(t, loss_N=t.loss_N[at_N]) for t in given], again).pick)
+    curve = Curve.of(given, held)
+    found_B = objective.choose(curve, weight_BC, 0.0, None).pick_B
+    assert [curve.ranks[i] for i in found_B[:40]] == picks
+    assert len(set(picks)) > 1, "or it would not matter"
+    shares = [p.bootstrap for p in objective.judge(given, held).points]
+    assert shares == [float(np.mean(found_B == i)) for i in range(len(given))]
+
+
+def test_intervals_hold_the_choices_of_other_validation_sets():
+    """Those of 95% would hold 83% of the picks of another set of the same size, both being chance, if picks were
+    normal and any rank could be picked; whole ranks make it more."""
+    verdicts = [Objective(penalty=FREE, rule="two_se", share=0.04).judge(*sampled(seed)) for seed in range(60)]
+    held = []
+    for v in verdicts:
+        assert v.interval is not None
+        low, high = v.interval
+        assert low <= v.pick <= high
+        held += [low <= other.pick <= high for other in verdicts if other is not v]
+    assert len({v.pick for v in verdicts}) > 1, "or it would not matter"
+    assert 0.8 <= np.mean(held) <= 0.999
+
+
+def test_the_interval_of_what_is_certain_or_unknown():
+    assert judge({1: 3.0, 2: 2.0, 4: 2.5}, noise=1e-6).interval == (2, 2)
+    assert judge({1: 3.0, 2: 2.0, 4: 2.5}, held=held_out(clusters=1)).interval is None, "one document"
+    assert judge({2: 2.0}).interval is None, "one rank"
+    diverged = judge({1: 3.0, 2: 2.0, 4: math.inf}, noise=1e-6)
+    assert diverged.interval == (2, 2)
+    assert diverged.at(4).bootstrap == 0
 
 
 # --- what was measured on real tasks, as documentation of the defaults

@@ -102,6 +102,9 @@ def test_what_is_chosen(
     assert choice.learning_rate > 0
     assert all(point.source == "truncated" and point.se >= 0 for point in choice.curve)
     assert isinstance(choice.confident, bool)
+    assert choice.interval is not None
+    assert choice.interval[0] <= choice.interval[1]
+    assert sum(point.bootstrap or 0 for point in choice.curve) == pytest.approx(1)
     assert bool(choice.doubts) == (not choice.confident)
 
 

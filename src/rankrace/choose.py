@@ -39,6 +39,8 @@ class Selection:
     reason: str
     curve: tuple[Point, ...]
     """Loss, paired standard error, penalty and objective of every rank that was measured."""
+    interval: tuple[int, int] | None
+    """The measured ranks between which the picks of 95% of the bootstrap samples of the held-out documents lie."""
     confident: bool
     edge: Literal["low", "high"] | None
     doubts: tuple[str, ...]
@@ -187,6 +189,7 @@ def choose(session: Session, progress: Progress) -> Selection:
         rank=look.verdict.pick,
         reason=reason_of(session),
         curve=look.verdict.points,
+        interval=decision.interval,
         confident=decision.confident,
         edge=decision.edge,
         doubts=tuple(doubts(look.verdict.pick, decision)),

@@ -226,7 +226,7 @@ def shown_default(value: Any) -> str:
 @with_options
 def train(config: RunConfig) -> None:
     """Choose the rank, train, and write adapter, result.json and report.html."""
-    from rankrace.report.text import delivered
+    from rankrace.report.text import delivered, interval
     from rankrace.report.text import warnings as doubts_of
     from rankrace.run import train as run
 
@@ -235,6 +235,8 @@ def train(config: RunConfig) -> None:
     unit = "token" if result.task == "causal" else "example"
     say("rank", str(result.rank))
     say("reason", result.reason)
+    if what := interval(result.decision.interval):
+        say("interval", what)
     for doubt in doubts_of(result):
         say("but", doubt)
     say("loss", f"{a.base:.4f} → {a.final:.4f} nats per {unit}")
@@ -262,10 +264,13 @@ def say(name: str, text: str) -> None:
 def search(config: RunConfig) -> None:
     """Only choose the rank; print it, the reason, and a ready peft.LoraConfig."""
     from rankrace.choose import search_config
+    from rankrace.report.text import interval
 
     chosen = search_config(config)
     say("rank", str(chosen.rank))
     say("reason", chosen.reason)
+    if what := interval(chosen.interval):
+        say("interval", what)
     for doubt in chosen.doubts:
         say("but", doubt)
     out.print(chosen.code(), markup=False)

@@ -92,6 +92,7 @@ def describe(session: Session, final: Measured, ending: Ending, clock: Clock) ->
                 objective=p.objective,
                 source=p.source,
                 step=look.step,
+                bootstrap=p.bootstrap,
             )
             for p in look.verdict.points
         ],
@@ -175,6 +176,7 @@ def decision_of(session: Session, rise: Difference | None = None) -> Decision:
         capped=look.capped,
         confident=is_confident(look),
         doubt=doubt(look),
+        interval=look.verdict.interval,
         clusters=look.verdict.clusters,
         lr_scale=look.lr_scale,
         lr_edge=lr_edge(session),

@@ -87,6 +87,9 @@ class CurvePoint(_Record):
     source: Source
     """direct: this rank was trained. truncated: cut from a wider one by SVD."""
     step: NonNegativeInt
+    bootstrap: Share | None = None
+    """Share of bootstrap samples of the held-out documents in which this rank is the pick; null where there is a
+    single document."""
 
 
 class Decision(_Record):
@@ -102,6 +105,8 @@ class Decision(_Record):
     """Whether the paired standard errors bear the choice out."""
     doubt: str | None = None
     """If not, why."""
+    interval: tuple[PositiveInt, PositiveInt] | None = None
+    """The measured ranks between which the picks of 95% of the bootstrap samples of the held-out documents lie."""
     clusters: int | None = None
     """Independent groups (documents) of the examples that chose; errors are estimated from them."""
     lr_scale: float = 1.0

@@ -35,6 +35,7 @@ def render_card(result: Result, config: dict[str, Any]) -> str:
         unit=text.loss_unit(result),
         curve=measured(result.curve),
         r16_share=text.r16_share(result),
+        interval=text.interval(result.decision.interval),
         delivered=text.delivered(result),
         warnings=text.warnings(result),
         loading=text.loading_code(result, folder),

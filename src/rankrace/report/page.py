@@ -36,6 +36,7 @@ def render_report(result: Result, config: dict[str, Any], *, adapter: str) -> st
             costs=_costs(result),
             candidates=_candidate_rows(result),
             r16_share=text.r16_share(result),
+            interval=text.interval(result.decision.interval),
             delivered=text.delivered(result),
             warnings=text.warnings(result),
             lora_config=text.lora_config_code(result, config),

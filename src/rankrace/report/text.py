@@ -134,6 +134,15 @@ def warnings(result: Result) -> list[str]:
     return found
 
 
+def interval(found: tuple[int, int] | None) -> str | None:
+    """What the choice owes to the draw of the held-out documents (`Decision.interval`); None where nobody knows."""
+    if found is None:
+        return None
+    low, high = found
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    return f"{ranks} in 95% of bootstrap samples of the held-out documents"
+
+
 def doubts(rank: int, decision: Decision) -> list[str]:
     """The part of them that is about the choice alone."""
     found = []

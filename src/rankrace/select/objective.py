@@ -1,23 +1,28 @@
 """What a rank costs, and which one is worth having: r* = argmin_r ( L_val(r) + penalty(r) ).
 
-Shapes: N held-out examples.
+Shapes: K ranks, N held-out examples, C documents of them, B draws of C documents with replacement.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
 
 from rankrace.config import Rule
 from rankrace.errors import RankraceError
-from rankrace.select.statistics import clearly, paired_difference
+from rankrace.select.statistics import bootstrap_weights, by_cluster, clearly, differences, paired_difference
 
 ERRORS: dict[Rule, float] = {"argmin": 0.0, "one_se": 1.0, "two_se": 2.0}
 """Paired standard errors that a smaller rank may be behind."""
 CLEARLY_SMALLER = 3 / 4
 """Next-door integers differ by less than any validation set resolves; a rank this much smaller is compared."""
+DRAWS = 400
+"""Of the held-out documents with replacement: how else the choice might have come out."""
+AT_ONCE = 2**20
+"""Numbers that are held for draws × ranks × documents."""
 Source = Literal["direct", "truncated"]
 Edge = Literal["low", "high"] | None
 Penalty = Callable[[int, float], float]
@@ -31,7 +36,8 @@ def log2_penalty(kappa: float) -> Penalty:
 
 def linear_penalty(lam: float, unit: Callable[[int], float]) -> Penalty:
     """λ·unit(r) in nats, whatever the gain: parameters as a share of the base's, bytes, or the user's own."""
-    return lambda rank, gain: lam * unit(rank)
+    price = cache(unit)  # asked for in every bootstrap sample
+    return lambda rank, gain: lam * price(rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,9 @@ class Point:
     penalty: float
     objective: float
     source: Source
+    bootstrap: float | None = None
+    """The share of bootstrap samples of the held-out documents in which this rank is the pick; None where there is a
+    single document."""
 
     @property
     def alive(self) -> bool:
@@ -125,6 +134,20 @@ class Verdict:
         return [p for p in self.points if p.alive]
 
     @property
+    def interval(self) -> tuple[int, int] | None:
+        """The measured ranks between which the picks of 95% of the bootstrap samples lie; None of a single document,
+        or of a single rank.
+
+        That is the chance that lies in the choice of the examples, and not that of the training.
+        """
+        shares = [p.bootstrap for p in self.points if p.bootstrap is not None]
+        if len(shares) < 2:
+            return None
+        up_to_K = np.cumsum(shares)
+        low, high = np.searchsorted(up_to_K, [0.025, 0.975 - 1e-9])
+        return self.points[low].rank, self.points[high].rank
+
+    @property
     def edge(self) -> Edge:
         """Whether the optimum may lie beyond the ranks there were.
 
@@ -137,13 +160,49 @@ class Verdict:
         return "high" if self.pick == largest or (self.best == largest and 2 * self.pick > largest) else None
 
 
-def smallest_within(objectives: Sequence[float], ses: Sequence[float], best: int, errors: float, slack: float) -> int:
-    """The first, by rising rank, that is behind the best by so many standard errors at most, or by `slack` nats.
+def smallest_within(
+    objective_BK: np.ndarray, se_BK: np.ndarray, best_B: np.ndarray, errors: float, slack_B: np.ndarray
+) -> np.ndarray:
+    """The first, by rising rank, that is behind the best by so many standard errors at most, or by `slack` nats; [B].
 
     An error that is unknown (NaN) lets nothing through.
     """
-    allowed = np.maximum(errors * np.nan_to_num(ses), slack)
-    return next(i for i, o in enumerate(objectives) if o - objectives[best] <= allowed[i])
+    behind_BK = objective_BK - np.take_along_axis(objective_BK, best_B[:, None], 1)
+    return np.argmax(behind_BK <= np.maximum(errors * np.nan_to_num(se_BK), slack_B[:, None]), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Sums over the examples of each document, ranks rising."""
+
+    ranks: tuple[int, ...]
+    loss_KC: np.ndarray
+    base_C: np.ndarray
+    tokens_C: np.ndarray
+
+    @staticmethod
+    def of(trials: Sequence[Trial], held: Held) -> "Curve":
+        each = np.stack([*(t.loss_N for t in trials), held.base_N, held.tokens_N])
+        *loss_KC, base_C, tokens_C = by_cluster(each, held.cluster_N)
+        loss_KC = np.where(np.isfinite(loss_KC), loss_KC, np.nan)  # infinity less infinity would be a warning
+        return Curve(ranks=tuple(t.rank for t in trials), loss_KC=loss_KC, base_C=base_C, tokens_C=tokens_C)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What each draw of the documents leads to."""
+
+    loss_BK: np.ndarray
+    gain_B: np.ndarray
+    penalty_BK: np.ndarray
+    objective_BK: np.ndarray
+    """Infinite where the loss is not finite."""
+    bought_B: np.ndarray
+    best_B: np.ndarray
+    se_BK: np.ndarray
+    """Of the paired differences to the best: 0 for itself, NaN where unknown."""
+    by_heart_B: np.ndarray
+    pick_B: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,45 +233,35 @@ class Objective:
             RankraceError: no trial has a finite loss, or a price is no number.
         """
         trials = sorted(trials, key=lambda t: t.rank)
-        total = held.tokens_N.sum()
-        losses = [float(t.loss_N.sum() / total) for t in trials]
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        if not finite:
+        curve = Curve.of(trials, held)
+        if not any(np.isfinite(t.loss_N.sum()) for t in trials):
             raise RankraceError(
                 "every candidate diverged (loss is NaN or infinite)",
                 why="nothing is left to choose from",
                 fix="lower --lr, or lower --clip (in another --out)",
             )
-        gain = float(held.base_N.sum() / total) - min(finite)
-        penalties = [self.penalty(t.rank, gain) for t in trials]
-        objectives = [
-            loss + p if math.isfinite(loss) else math.inf for loss, p in zip(losses, penalties, strict=True)
-        ]
+        C = len(curve.tokens_C)
+        one = self.choose(curve, np.ones((1, C)), held.epochs, bought)
+        losses, objectives, penalties = one.loss_BK[0], one.objective_BK[0], one.penalty_BK[0]
         if not all(p > -math.inf for p in penalties) or min(objectives) == math.inf:  # NaN is not above either
-            priced = ", ".join(f"{t.rank}: {p:g}" for t, p in zip(trials, penalties, strict=True))
+            priced = ", ".join(f"{r}: {p:g}" for r, p in zip(curve.ranks, penalties, strict=True))
             raise RankraceError(
                 f"prices of ranks are no numbers, or rule all of them out ({priced})",
                 why="the rank of lowest loss plus price is chosen",
                 fix="mend the function that prices ranks; infinity rules one out, but not all that trained",
             )
-        lowest = min(objectives)
-        if bought is None:
-            bought = next(o for o in objectives if math.isfinite(o)) - lowest
-        # Sums in another order differ in the last digits; that is a tie too.
-        tie = 1e-9 * abs(lowest)
-        best = next(i for i, o in enumerate(objectives) if o <= lowest + tie)
+        best, pick = int(one.best_B[0]), int(one.pick_B[0])
+        shares: list[float | None] = [None] * len(trials)
+        if C > 1:
+            pieces = np.array_split(bootstrap_weights(C, DRAWS), 1 + DRAWS * len(trials) * C // AT_ONCE)
+            picks_B = np.concatenate([self.choose(curve, w_BC, held.epochs, bought).pick_B for w_BC in pieces])
+            shares = [float(np.mean(picks_B == i)) for i in range(len(trials))]
 
         def difference(a: int, b: int) -> tuple[float, float]:
             return paired_difference(trials[a].loss_N, trials[b].loss_N, held.tokens_N, held.cluster_N)
 
-        ses = [difference(i, best)[1] if math.isfinite(loss) else math.nan for i, loss in enumerate(losses)]
-        ses[best] = 0.0
-        pick, by_heart = best, gain <= 0 and held.epochs > 1
-        if by_heart:
-            pick = next(i for i, o in enumerate(objectives) if math.isfinite(o))
-        elif self.rule != "argmin":
-            pick = smallest_within(objectives, ses, best, ERRORS[self.rule], max(tie, self.share * bought))
-        behind, se = difference(losses.index(finite[0]), losses.index(min(finite)))
+        finite = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
+        behind, se = difference(finite[0], min(finite, key=lambda i: losses[i]))
         below = [
             i for i, t in enumerate(trials)
             if math.isfinite(objectives[i]) and t.rank <= CLEARLY_SMALLER * trials[pick].rank
@@ -220,20 +269,67 @@ class Objective:
         smaller = None
         if below:
             i = below[-1]
-            smaller = Smaller(rank=trials[i].rank, behind=objectives[i] - objectives[pick], se=difference(i, pick)[1])
-        points = tuple(
-            Point(rank=t.rank, loss=loss, se=se, penalty=p, objective=o, source=t.source)
-            for t, loss, se, p, o in zip(trials, losses, ses, penalties, objectives, strict=True)
-        )
+            ahead = float(objectives[i] - objectives[pick])
+            smaller = Smaller(rank=trials[i].rank, behind=ahead, se=difference(i, pick)[1])
+        by_heart = bool(one.by_heart_B[0])
         return Verdict(
-            points=points,
+            points=tuple(
+                Point(
+                    rank=t.rank,
+                    loss=float(losses[i]),
+                    se=float(one.se_BK[0, i]),
+                    penalty=float(penalties[i]),
+                    objective=float(objectives[i]),
+                    source=t.source,
+                    bootstrap=shares[i],
+                )
+                for i, t in enumerate(trials)
+            ),
             pick=trials[pick].rank,
             best=trials[best].rank,
-            gain=gain,
-            bought=bought,
-            clusters=held.clusters,
+            gain=float(one.gain_B[0]),
+            bought=float(one.bought_B[0]),
+            clusters=C,
             smaller=smaller,
             errors=ERRORS[self.rule],
             by_heart=by_heart,
-            rank_counts=by_heart or clearly(behind, se, held.clusters),
+            rank_counts=by_heart or clearly(behind, se, C),
+        )
+
+    @np.errstate(invalid="ignore")  # prices may be infinite: `judge` refuses what cannot be chosen from
+    def choose(self, curve: Curve, weight_BC: np.ndarray, epochs: float, bought: float | None) -> Choices:
+        """The rule, on draws of the documents; the documents as they are have weights of 1.
+
+        Args:
+            epochs: passes over the training rows so far.
+        """
+        total_B = weight_BC @ curve.tokens_C
+        loss_BK = (weight_BC @ curve.loss_KC.T) / total_B[:, None]
+        finite_BK = np.isfinite(loss_BK)
+        gain_B = weight_BC @ curve.base_C / total_B - np.where(finite_BK, loss_BK, math.inf).min(1)
+        penalty_BK = np.array([[self.penalty(rank, float(gain)) for rank in curve.ranks] for gain in gain_B])
+        objective_BK = np.where(finite_BK, loss_BK + penalty_BK, math.inf)
+        lowest_B, first_B = objective_BK.min(1), np.argmax(np.isfinite(objective_BK), 1)
+        bought_B = np.take_along_axis(objective_BK, first_B[:, None], 1)[:, 0] - lowest_B
+        if bought is not None:
+            bought_B = np.full_like(bought_B, bought)
+        # Sums in another order differ in the last digits; that is a tie too.
+        tie_B = 1e-9 * np.abs(lowest_B)
+        best_B = np.argmax(objective_BK <= (lowest_B + tie_B)[:, None], 1)
+        _, se_BK = differences(curve.loss_KC, best_B, curve.tokens_C, weight_BC)
+        np.put_along_axis(se_BK, best_B[:, None], 0.0, 1)
+        pick_B, by_heart_B = best_B, (gain_B <= 0) & (epochs > 1)
+        if self.rule != "argmin":
+            slack_B = np.maximum(tie_B, self.share * bought_B)
+            pick_B = smallest_within(objective_BK, se_BK, best_B, ERRORS[self.rule], slack_B)
+        return Choices(
+            loss_BK=loss_BK,
+            gain_B=gain_B,
+            penalty_BK=penalty_BK,
+            objective_BK=objective_BK,
+            bought_B=bought_B,
+            best_B=best_B,
+            se_BK=se_BK,
+            by_heart_B=by_heart_B,
+            pick_B=np.where(by_heart_B, first_B, pick_B),
         )
