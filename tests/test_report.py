@@ -265,7 +265,7 @@ def test_the_page_says_the_doubts():
 def test_what_other_examples_would_have_chosen_is_said_once_it_is_known(tmp_path: Path):
     for low, high, words in ((11, 32, "ranks 11 to 32"), (32, 32, "rank 32")):
         found = result(decision=GOLDEN["decision"] | {"interval": [low, high]})
-        said = f"Chosen would be {words} in 95% of bootstrap samples of the held-out documents."
+        said = f"The rule would pick {words} in 95% of bootstrap samples of the held-out documents."
         assert said in Page(render_report(found, CONFIG, adapter="a")).text()
         assert said in card(found, tmp_path)[1]
     assert "bootstrap" not in card(result(), tmp_path)[1]
