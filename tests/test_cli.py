@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from commandline import Ran, assert_refused, rankrace
+from rankrace import __main__ as entry
 from rankrace import __version__
 from rankrace.config import RunConfig
 from rankrace.result import Result
@@ -516,3 +517,20 @@ def test_merge_refuses_another_base(changed: dict[str, int], causal: Trained, tm
 def test_merge_refuses_a_model_of_another_kind(causal: Trained, classifying: Trained, tmp_path: Path) -> None:
     ran = rankrace("merge", classifying.out / "adapter", "--out", tmp_path / "merged", "--model", causal.model)
     assert_refused(ran, f"does not fit {causal.model}", within=tmp_path)
+
+
+def test_ctrl_c_while_the_command_is_being_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What it imports takes a third of a second."""
+
+    class Interrupting:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "rankrace.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "rankrace.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting, *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Stopped.\n"

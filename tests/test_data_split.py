@@ -113,6 +113,27 @@ def test_given_validation_rows_lose_copies_of_training_rows() -> None:
         split_examples(texts(10), texts(5), 0.1, 1000, seed=0)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_class_is_held_out_whole(seed: int) -> None:
+    """Nobody could learn it, and the run would end with an error about a label that is right."""
+    rows = [LabelledText(f"text {i}", None, "often") for i in range(30)]
+    rows += [LabelledText(f"rare {i}", None, f"class {i // 2}") for i in range(24)]
+    rows += [LabelledText("only one", None, "single")]
+    splits = split_examples(rows, None, 0.4, 1000, seed)
+    classes = [{e.label for e in side if isinstance(e, LabelledText)} for side in (splits.train, splits.validation)]
+    assert classes[0] == {row.label for row in rows}
+    assert len(classes[1]) > 5
+    assert len(splits.validation) == 22
+    assert_disjoint(splits)
+
+
+def test_questions_with_two_answers_are_said_of_rows_held_out_too() -> None:
+    rows = [PromptCompletion(f"question {i // 2}", f"answer {i}") for i in range(40)]
+    (said,) = split_examples(rows, None, 0.2, 1000, seed=0).leaks
+    assert "have the question or text of a training row, with another answer" in said
+    assert split_examples(texts(40), None, 0.2, 1000, seed=0).leaks == ()
+
+
 def test_too_few_groups() -> None:
     for rows in (texts(1), texts(1) * 10, documents([10])):
         with pytest.raises(RankraceError, match="cannot be split"):

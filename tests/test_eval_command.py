@@ -103,6 +103,10 @@ def test_a_classifier_finds_its_labels(tmp_path: Path, minilm: Path, data_root: 
     assert ran.code == 0, ran.err
     refused = rankrace("eval", out / "adapter", "--task", "mrpc", "--device", "cpu", "--base")
     assert_refused(refused, "is a classifier", "leave out --base")
+    refused = rankrace("eval", out / "adapter", "--task", "sst2", "--limit", 5, "--device", "cpu")
+    assert_refused(
+        refused, "the adapter's classes are no, yes; those of sst2 are negative, positive", "train on rows"
+    )
     expected = accuracy_by_peft(out / "adapter", read_file(data_root / "glue" / "MRPC" / "dev.tsv")[:20])
     assert float(ran.out.split("accuracy")[1].split()[0]) == pytest.approx(expected)
 

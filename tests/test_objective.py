@@ -662,6 +662,25 @@ def test_confidence():
     assert not is_confident(seen(judge({4: 2.1, 14: 2.0, 16: 2.1}, held=held)))
 
 
+def test_a_choice_that_other_examples_would_make_otherwise_is_not_sure():
+    """Early ranks of one training differ by next to nothing, with errors to match: 8 is behind 32 by what it may be,
+    with half of the samples for 8 and half for 32, though 4 is clearly behind."""
+    held = held_out(400, base=4.0)
+    judged = {
+        loss: judge({1: 3.0, 4: 2.5, 8: loss, 32: 2.0, 64: 2.5}, rule="two_se", noise=0.05, held=held)
+        for loss in (2.007, 2.0)
+    }
+    torn, sure = judged[2.007], judged[2.0]
+    assert torn.pick == sure.pick == 8
+    assert torn.interval == (8, 32)
+    why = doubt(seen(torn))
+    assert why == "other examples may lead to other ranks, 8 to 32 in 95% of bootstrap samples"
+    assert sure.interval == (8, 8)
+    assert is_confident(seen(sure))
+    handful = judge({1: 3.0, 4: 2.5, 8: 2.0, 64: 2.5}, noise=0.05, held=held_out(400, clusters=19))
+    assert handful.interval is None, "samples of so few documents are too much alike"
+
+
 def test_confidence_holds_the_pick_against_its_neighbour_not_the_neighbour_against_the_best():
     """Rank 4 is more than two errors behind the best, 16: that is how the rule came to 8, which is itself 1.5 errors
     behind. Between 4 and 8 there is nothing to be told, so another seed may as well choose 4."""

@@ -202,6 +202,7 @@ def test_the_page_is_written_beside_the_adapter_it_names(tmp_path: Path):
 
 
 WARNED = GOLDEN["decision"]
+UP_TO_32 = [point for point in GOLDEN["curve"] if point["rank"] <= 32]
 
 
 def learnt_then(gain: float | None, *, base: float, final: float) -> Result:
@@ -213,9 +214,10 @@ def learnt_then(gain: float | None, *, base: float, final: float) -> Result:
 @pytest.mark.parametrize(
     ("shown", "start"),
     [
-        (result(decision=WARNED | {"edge": "high"}), "Edge of the search: 32 is the largest"),
+        (result(decision=WARNED | {"edge": "high"}), "Edge of the search: 32 is near 64, the largest"),
+        (result(decision=WARNED | {"edge": "high"}, curve=UP_TO_32), "Edge of the search: 32 is the largest"),
         (result(decision=WARNED | {"edge": "low"}), "Edge of the search: 32 is the smallest"),
-        (result(decision=WARNED | {"edge": "high", "confident": False}), "Edge of the search: 32 is the largest"),
+        (result(decision=WARNED | {"edge": "high", "confident": False}), "Edge of the search: 32 is near 64"),
         (result(decision=WARNED | {"capped": True}), "Decided at the limit"),
         (result(decision=WARNED | {"confident": False}), "Not confident"),
         (result(loss={"base": 0.5, "final": 0.5, "final_se": None}), "No gain"),
@@ -265,7 +267,7 @@ def test_the_page_says_the_doubts():
 def test_what_other_examples_would_have_chosen_is_said_once_it_is_known(tmp_path: Path):
     for low, high, words in ((11, 32, "ranks 11 to 32"), (32, 32, "rank 32")):
         found = result(decision=GOLDEN["decision"] | {"interval": [low, high]})
-        said = f"The rule would pick {words} in 95% of bootstrap samples of the held-out documents."
+        said = f"The rule would pick {words} in 95% of bootstrap samples of the held-out examples."
         assert said in Page(render_report(found, CONFIG, adapter="a")).text()
         assert said in card(found, tmp_path)[1]
     assert "bootstrap" not in card(result(), tmp_path)[1]
@@ -282,6 +284,22 @@ def test_gains_are_compared_each_on_its_own_examples():
     assert warnings(learnt_then(0.3, base=1.687, final=1.54))[0].startswith("Lost again: at ")
     # And easier here, where half of what was learnt is lost again although the loss is lower than it was.
     assert warnings(learnt_then(0.3, base=0.7, final=0.65))[0].startswith("Lost again: at ")
+
+
+def test_what_may_be_chance_is_not_called_lost():
+    """0.34 nats gained on the examples that chose, 0.22 ± 0.28 lost on forty others: nobody knows."""
+    for error, start in ((0.28, "No gain: "), (0.05, "Lost again: ")):
+        found = result(
+            decision=WARNED | {"gain": 0.34},
+            loss={"base": 0.69, "final": 0.91, "final_se": 0.28, "gain_se": error, "examples": 40},
+            accuracy={"base": 0.55, "final": 0.78, "final_se": 0.066},
+        )
+        (said,) = warnings(found)
+        assert said.startswith(start)
+        assert f"0.2200 ± {error:.4f}" in said
+        text = Page(render_report(found, CONFIG, adapter="a")).text()
+        assert "± 0.2800 standard error, 40 examples" in text
+        assert "± 6.6% standard error" in text
 
 
 def test_a_record_of_before_there_was_a_gain_is_not_said_to_have_lost_it():

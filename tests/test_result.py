@@ -32,9 +32,9 @@ def no_constant(name: str) -> None:
 def test_a_version_1_file_reads_and_writes_back_with_nothing_lost(tmp_path: Path):
     Result.read(GOLDEN).write(tmp_path / "result.json")
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (GOLDEN, tmp_path / "result.json"))
-    added = {"decision", "history", "candidates", "curve"}  # to these
+    added = {"decision", "loss", "accuracy", "history", "candidates", "curve"}  # to these
     assert {key: new[key] for key in old if key not in added} == {k: v for k, v in old.items() if k not in added}
-    pairs = [(old["decision"], new["decision"])]
+    pairs = [(old[key], new[key]) for key in ("decision", "loss", "accuracy")]
     pairs += [pair for key in ("history", "candidates", "curve") for pair in zip(old[key], new[key], strict=True)]
     assert all(before.items() <= after.items() for before, after in pairs)
 

@@ -102,8 +102,7 @@ def test_what_is_chosen(
     assert choice.learning_rate > 0
     assert all(point.source == "truncated" and point.se >= 0 for point in choice.curve)
     assert isinstance(choice.confident, bool)
-    assert choice.interval is not None
-    assert choice.interval[0] <= choice.interval[1]
+    assert choice.interval is None, "a handful of examples"
     assert sum(point.bootstrap or 0 for point in choice.curve) == pytest.approx(1)
     assert bool(choice.doubts) == (not choice.confident)
 
@@ -238,7 +237,7 @@ def test_errors_are_estimated_from_whole_documents(folders: dict[Task, Path]) ->
         )  # fmt: skip
         return {point.rank: (point.loss, point.se) for point in choice.curve}
 
-    with pytest.raises(rankrace.RankraceError, match=r"in 1 group\(s\) cannot be split"):
+    with pytest.raises(rankrace.RankraceError, match="36 rows in 1 group cannot be split"):
         rankrace.search(model, tokenizer, [{**row, "together": "one"} for row in SUMS], group_column="together")
     alone, together = curve("alone"), curve("together")
     assert {rank: loss for rank, (loss, _) in alone.items()} == {rank: loss for rank, (loss, _) in together.items()}

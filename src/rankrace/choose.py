@@ -40,7 +40,8 @@ class Selection:
     curve: tuple[Point, ...]
     """Loss, paired standard error, penalty and objective of every rank that was measured."""
     interval: tuple[int, int] | None
-    """The measured ranks between which the picks of 95% of the bootstrap samples of the held-out documents lie."""
+    """The measured ranks between which the picks of 95% of the bootstrap samples of the held-out documents lie; not
+    told where these are fewer than 20, or one rank was measured."""
     confident: bool
     edge: Literal["low", "high"] | None
     doubts: tuple[str, ...]
@@ -192,7 +193,7 @@ def choose(session: Session, progress: Progress) -> Selection:
         interval=decision.interval,
         confident=decision.confident,
         edge=decision.edge,
-        doubts=tuple(doubts(look.verdict.pick, decision)),
+        doubts=tuple(doubts(look.verdict.pick, decision, look.verdict.points[-1].rank)),
         learning_rate=run.setting(look.verdict.pick).lr,
         _config=lora_config(bank, adapter_of(bank, 0)),
     )

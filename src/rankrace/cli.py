@@ -236,7 +236,7 @@ def train(config: RunConfig) -> None:
     say("rank", str(result.rank))
     say("reason", result.reason)
     if what := interval(result.decision.interval):
-        say("interval", what)
+        say("interval", f"the rule would pick {what}")
     for doubt in doubts_of(result):
         say("but", doubt)
     say("loss", f"{a.base:.4f} → {a.final:.4f} nats per {unit}")
@@ -270,7 +270,7 @@ def search(config: RunConfig) -> None:
     say("rank", str(chosen.rank))
     say("reason", chosen.reason)
     if what := interval(chosen.interval):
-        say("interval", what)
+        say("interval", f"the rule would pick {what}")
     for doubt in chosen.doubts:
         say("but", doubt)
     out.print(chosen.code(), markup=False)

@@ -41,7 +41,7 @@ def checked(values: dict[str, Any]) -> RunConfig:
         raise RankraceError(
             f"--{name} is missing" if missing else f"--{name} {first.get('input')!r}: {first['msg']}",
             why="the run cannot start without it" if missing else "the value is outside what the option takes",
-            fix=f"give --{name}; `rankrace train --help` says what it takes",
+            fix=f"give {'' if missing else 'another value for '}--{name}; `rankrace train --help` says what it takes",
         ) from error
     refuse_idle(config)
     return config

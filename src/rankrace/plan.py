@@ -22,6 +22,7 @@ from rankrace.training.memory import PassCost, free_bytes, free_caches, out_of_m
 from rankrace.training.model import PackedModel
 from rankrace.training.recompute import recomputing
 from rankrace.training.schedule import steps_of
+from rankrace.words import counted
 
 Switch = Literal["on", "off"]
 
@@ -279,9 +280,9 @@ class LookPlan:
         if share <= DEAR * LOOK_SHARE:
             return []
         return [
-            f"A short training: its looks measure {looked} examples, hardly fewer than a choice wants, and may take "
-            f"up to {share:.0%} of its own work; those of a longer one take {LOOK_SHARE:.0%}. With --no-refine or a "
-            "smaller largest rank in --ranks they take less."
+            f"A short training: its looks measure {counted(looked, 'example')}, hardly fewer than a choice wants, "
+            f"and may take up to {share:.0%} of its own work; those of a longer one take {LOOK_SHARE:.0%}. With "
+            "--no-refine or a smaller largest rank in --ranks they take less."
         ]
 
     @staticmethod

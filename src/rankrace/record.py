@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Literal
 
+import numpy as np
 import torch
 
 from rankrace._version import __version__
@@ -31,7 +32,7 @@ from rankrace.result import (
 from rankrace.result import Ending as EndingRecord
 from rankrace.select.ending import Difference, Ending
 from rankrace.select.reason import doubt, is_confident, reason
-from rankrace.select.statistics import mean_and_se
+from rankrace.select.statistics import mean_and_se, paired_difference
 from rankrace.session import Session
 from rankrace.training.loop import Measured
 
@@ -62,8 +63,10 @@ def describe(session: Session, final: Measured, ending: Ending, clock: Clock) ->
     bank, look = trainer.bank, search.state.looks[-1]
     rank = bank.candidates.ranks[0]
     setting = search.setting(rank)
-    groups = [e.group for e in session.fresh]
-    _, final_se = mean_and_se(final.loss_KN[0], final.tokens_N, torch.tensor(groups).numpy())
+    group_N, ones_N = np.array([e.group for e in session.fresh]), np.ones(len(session.fresh))
+    _, final_se = mean_and_se(final.loss_KN[0], final.tokens_N, group_N)
+    _, gain_se = paired_difference(session.base_fresh.loss_KN[0], final.loss_KN[0], final.tokens_N, group_N)
+    _, accuracy_se = mean_and_se(final.correct_KN[0].astype(float), ones_N, group_N)
     peft_config = lora_config(bank, adapter_of(bank, 0))
     assert isinstance(peft_config.target_modules, set | list)
     entries = search.state.entries
@@ -81,8 +84,16 @@ def describe(session: Session, final: Measured, ending: Ending, clock: Clock) ->
         base_parameters=bank.base_parameters,
         quantize=config.quantize,
         labels=list(data.labels or ()),
-        loss=Loss(base=float(session.base_fresh.mean_K[0]), final=float(final.mean_K[0]), final_se=final_se),
-        accuracy=Accuracy(base=float(session.base_fresh.accuracy_K[0]), final=float(final.accuracy_K[0])),
+        loss=Loss(
+            base=float(session.base_fresh.mean_K[0]),
+            final=float(final.mean_K[0]),
+            final_se=final_se,
+            gain_se=gain_se,
+            examples=len(session.fresh),
+        ),
+        accuracy=Accuracy(
+            base=float(session.base_fresh.accuracy_K[0]), final=float(final.accuracy_K[0]), final_se=accuracy_se
+        ),
         curve=[
             CurvePoint(
                 rank=p.rank,

@@ -64,6 +64,10 @@ class Loss(_Record):
     """With the finished adapter."""
     final_se: Measured
     """Standard error of `final`, clustered by document; null where it cannot be estimated."""
+    gain_se: Measured = None
+    """The same of base − final, in pairs."""
+    examples: PositiveInt | None = None
+    """That they were measured on."""
 
 
 class Accuracy(_Record):
@@ -71,6 +75,8 @@ class Accuracy(_Record):
 
     base: Share | None = None
     final: Share | None = None
+    final_se: Measured = None
+    """Standard error of `final`, clustered by document."""
 
 
 class CurvePoint(_Record):
@@ -106,7 +112,8 @@ class Decision(_Record):
     doubt: str | None = None
     """If not, why."""
     interval: tuple[PositiveInt, PositiveInt] | None = None
-    """The measured ranks between which the picks of 95% of the bootstrap samples of the held-out documents lie."""
+    """The measured ranks between which the picks of 95% of the bootstrap samples of the held-out documents lie; not
+    told where these are fewer than 20, or one rank was measured."""
     clusters: int | None = None
     """Independent groups (documents) of the examples that chose; errors are estimated from them."""
     lr_scale: float = 1.0
@@ -291,7 +298,7 @@ class Result(_Record):
             raise RankraceError(
                 f"{path} cannot be read as JSON: {error}",
                 why="It is the record of a run; nothing can be said about the run without it.",
-                fix="Give the result.json of a finished run, or finish the run with --resume.",
+                fix="Give the result.json of a finished run; where it is broken, delete it and --resume the run.",
             ) from error
         found = document.get("schema") if isinstance(document, dict) else None
         if found != SCHEMA:

@@ -30,6 +30,7 @@ from rankrace.training.compiled import compile_blocks
 from rankrace.training.loop import Measured, Recipe, Trainer
 from rankrace.training.model import PackedModel
 from rankrace.training.recompute import recompute_blocks
+from rankrace.words import counted
 
 FRESH_LEAST = 10
 """With fewer examples than this in either half, validation is not halved."""
@@ -230,7 +231,7 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
     if min(len(looked), len(fresh)) >= FRESH_LEAST and documents > 1:
         return looked, fresh, []
     if len(examples) < 2 * FRESH_LEAST:
-        why = f"is too small to halve: it has {len(examples)} examples"
+        why = f"is too small to halve: it has {counted(len(examples), 'example')}"
     elif len(groups) in (2, 3):
         why = f"is not halved: documents stay whole, and no error is known from one; it has {len(groups)}"
     else:

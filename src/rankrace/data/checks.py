@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rankrace.data import Data
 from rankrace.data.encoded import Encoded, EncodedSet, Task
 from rankrace.errors import RankraceError
+from rankrace.words import counted
 
 FEW_TRAINING = 50
 """Fewer rows than these are sooner learnt by heart than learnt from."""
@@ -140,10 +141,6 @@ def _findings(train: EncodedSet, validation: EncodedSet) -> list[Finding]:
         what = f"The validation examples come from {documents} document(s): standard errors will be rough."
         findings.append(Finding(what, "Hold out more with --validation-fraction."))
     return findings
-
-
-def counted(n: int, thing: str) -> str:
-    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
 def preview_text(examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, n: int = 3) -> Text:

@@ -22,6 +22,7 @@ from rankrace.data.formats import Example, LabelledText
 from rankrace.data.render import Piece, Template, render
 from rankrace.data.split import group_key
 from rankrace.errors import RankraceError
+from rankrace.words import listed
 
 
 def label_set(examples: Sequence[Example]) -> tuple[str, ...]:
@@ -193,7 +194,7 @@ class Encoder:
         if unknown is not None:
             raise RankraceError(
                 f"example {unknown + 1} has a label that no training row has: '{labelled[unknown].label}'.",
-                why=f"the model knows the labels of the training rows only: {', '.join(self.labels)}.",
+                why=f"the model knows the labels of the training rows only: {listed(self.labels)}.",
                 fix="correct the label, or add training rows with it.",
             )
         whole = self._with_specials(labelled, None)

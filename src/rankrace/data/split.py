@@ -4,13 +4,14 @@ Rows of one group (a document) stay on one side. Rows without a group are groupe
 copies of a row never straddle the split.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 from rankrace.data.formats import Conversation, Example, LabelledText, PlainText, PromptCompletion
 from rankrace.errors import RankraceError
+from rankrace.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +139,23 @@ def _hold_out(examples: Sequence[Example], fraction: float, maximum: int, seed: 
         groups[group_key(example)].append(i)
     if len(groups) < 2:
         raise RankraceError(
-            f"{len(examples)} rows in {len(groups)} group(s) cannot be split into training and validation.",
+            f"{counted(len(examples), 'row')} in {counted(len(groups), 'group')} cannot be split into training and "
+            "validation.",
             why="rows of one document, and copies of one row, stay on one side.",
-            fix="give more rows, another group_column, or a file with --validation.",
+            fix="give more rows, another --group-column if there is one, or a file with --validation.",
         )
     order = sorted(groups, key=lambda group: _shuffle_key(seed, "\x1f".join(group)))
     wanted = max(1, min(round(fraction * len(examples)), len(examples) - 1))
     held_out: list[int] = []
+    left = Counter(example.label for example in examples if isinstance(example, LabelledText))
     for group in order:
-        if len(held_out) + len(groups[group]) <= wanted:
-            held_out += groups[group]
-    if not held_out:  # every group is larger than the share wanted
+        members = groups[group]
+        taken = Counter(row.label for i in members if isinstance(row := examples[i], LabelledText))
+        # No class may go from the training rows: nobody could learn it.
+        if len(held_out) + len(members) <= wanted and all(left[label] > n for label, n in taken.items()):
+            held_out += members
+            left -= taken
+    if not held_out:  # every group is larger than the share wanted, or all there is of a class
         held_out = groups[min(order, key=lambda group: len(groups[group]))]
 
     held_out.sort(key=lambda i: _shuffle_key(seed, keys[i]))
@@ -169,4 +176,5 @@ def _hold_out(examples: Sequence[Example], fraction: float, maximum: int, seed: 
         validation=validation,
         dropped_duplicates=len(drawn) - len(validation),
         how=f"{len(validation):,} of {len(examples):,} rows held out, as {unit}, by seed {seed}",
+        leaks=leaks(train, validation),
     )

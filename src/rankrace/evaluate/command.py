@@ -12,6 +12,7 @@ from rankrace.adapter import Adapted, load_adapted
 from rankrace.config import RunConfig
 from rankrace.data.encode import Encoder, encode_all
 from rankrace.data.files import Rows
+from rankrace.data.formats import Example, LabelledText
 from rankrace.errors import RankraceError
 from rankrace.evaluate.predict import predict, task_examples
 from rankrace.methods.parameters import Parameters
@@ -20,6 +21,7 @@ from rankrace.session import chosen_device, chosen_dtype, recipe_of
 from rankrace.tasks import Task, data_root, documents, find_task
 from rankrace.training.loop import Trainer
 from rankrace.training.model import PackedModel, load_tokenizer
+from rankrace.words import listed
 
 MICRO_TOKENS = 4096
 VERIFIED = 16
@@ -91,12 +93,10 @@ def evaluate(
     rows = (splits.test if part == "test" else splits.validation)[:limit]
     config = RunConfig(model="model", data="data", seed=seed)
     names: dict[int, str] | None = base.config.id2label if kind == "classification" else None  # pyright: ignore[reportAssignmentType]
-    encoder = Encoder(
-        tokenizer,
-        task=kind,
-        max_length=config.max_length,
-        labels=None if names is None else tuple(names[i] for i in range(len(names))),
-    )
+    labels = None if names is None else tuple(names[i] for i in range(len(names)))
+    encoder = Encoder(tokenizer, task=kind, max_length=config.max_length, labels=labels)
+    if labels is not None and rows:
+        refuse_other_classes(task, labels, task_examples(chosen, rows, kind))
     packed = PackedModel(base, Parameters(base, {}), kind)
     if rows:
         packed.verify_on(encode_all(task_examples(chosen, rows[:VERIFIED], kind), encoder).examples)
@@ -107,6 +107,17 @@ def evaluate(
         with adapted.model.disable_adapter():
             without = predict(trainer, encoder, tokenizer, chosen, rows, generated=generated)
     return Evaluation(metrics=compared(chosen, rows, predictions, without), rows=len(rows))
+
+
+def refuse_other_classes(task: str, labels: tuple[str, ...], examples: Sequence[Example]) -> None:
+    """Raises RankraceError where the rows have classes that the adapter has not."""
+    asked = {e.label for e in examples if isinstance(e, LabelledText)}
+    if not asked <= set(labels):
+        raise RankraceError(
+            f"the adapter's classes are {listed(labels)}; those of {task} are {listed(sorted(asked))}",
+            why="they are told apart by their names",
+            fix=f"train on rows with the labels of {task}, or evaluate a task with the adapter's",
+        )
 
 
 def compared(

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rankrace.result import Decision, Result
 from rankrace.select.reason import HOW
-from rankrace.select.statistics import clearly
+from rankrace.select.statistics import CLEARLY, clearly
 
 MANY = 1000
 """Groups of examples, where an older record does not say how many there were."""
@@ -101,18 +101,21 @@ def delivered(result: Result) -> str | None:
 def warnings(result: Result) -> list[str]:
     """What a reader must know before trusting the choice."""
     found = []
-    # Each gain is on its own examples: losses of those that chose and of fresh ones differ by more than was lost.
+    # Each gain is on its own examples, and those differ: what is lost has to be more than chance.
     then, now = result.decision.gain, result.loss.base - result.loss.final
-    if then is not None and then > 0 and now < then / 2:
+    error, far = result.loss.gain_se, f"{abs(now):.4f}"
+    if error is not None:
+        far += f" ± {error:.4f}"
+    if then is not None and then > 0 and now + CLEARLY * (error or 0.0) < then / 2:
         found.append(
             f"Lost again: at {percent(result.decision.fraction)} of training the validation loss was {then:.4f} "
             "below the base model's, on the examples that chose the rank; at its end, on those of the report, it is "
-            f"{abs(now):.4f} {'below' if now >= 0 else 'above'}. Either the learning rate is too high for this rank "
+            f"{far} {'below' if now >= 0 else 'above'}. Either the learning rate is too high for this rank "
             "or the training too long: lower --lr or --epochs."
         )
-    elif result.loss.final >= result.loss.base:
+    elif now <= 0:
         found.append(
-            "No gain: the validation loss with the adapter is not below that of the base model. "
+            f"No gain: the validation loss with the adapter is not below that of the base model ({far} above). "
             "Check the data with rankrace preview and the learning rate."
         )
     rise, error = result.decision.rise, result.decision.rise_se
@@ -122,7 +125,7 @@ def warnings(result: Result) -> list[str]:
             f"validation loss has risen by {rise:.4f} ± {error:.4f} nats, on the examples that chose it. Fewer "
             "--epochs, a lower --lr or more rows would end lower."
         )
-    found += doubts(result.rank, result.decision)
+    found += doubts(result.rank, result.decision, max(point.rank for point in result.curve))
     lost = [candidate for candidate in result.candidates if candidate.status == "diverged"]
     if lost:
         verb = "was" if len(lost) == 1 else "were"
@@ -140,16 +143,22 @@ def interval(found: tuple[int, int] | None) -> str | None:
         return None
     low, high = found
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    return f"{ranks} in 95% of bootstrap samples of the held-out documents"
+    return f"{ranks} in 95% of bootstrap samples of the held-out examples"
 
 
-def doubts(rank: int, decision: Decision) -> list[str]:
-    """The part of them that is about the choice alone."""
+def doubts(rank: int, decision: Decision, largest: int) -> list[str]:
+    """The part of them that is about the choice alone.
+
+    Args:
+        largest: of the ranks that were measured.
+    """
     found = []
     if decision.edge == "high":
+        where = "the largest rank there was to choose"
+        if rank < largest:
+            where = f"near {largest}, {where}, which is still the best"
         found.append(
-            f"Edge of the search: {rank} is the largest rank there was to choose, or near a largest one that is "
-            "still the best. A larger one may be better; add larger candidates with --ranks."
+            f"Edge of the search: {rank} is {where}. A larger one may be better; add larger candidates with --ranks."
         )
     if decision.edge == "low" and rank > 1:
         found.append(

@@ -13,7 +13,14 @@ import numpy as np
 
 from rankrace.config import Rule
 from rankrace.errors import RankraceError
-from rankrace.select.statistics import bootstrap_weights, by_cluster, clearly, differences, paired_difference
+from rankrace.select.statistics import (
+    LEAST_CLUSTERS,
+    bootstrap_weights,
+    by_cluster,
+    clearly,
+    differences,
+    paired_difference,
+)
 
 ERRORS: dict[Rule, float] = {"argmin": 0.0, "one_se": 1.0, "two_se": 2.0}
 """Paired standard errors that a smaller rank may be behind."""
@@ -135,13 +142,13 @@ class Verdict:
 
     @property
     def interval(self) -> tuple[int, int] | None:
-        """The measured ranks between which the picks of 95% of the bootstrap samples lie; None of a single document,
-        or of a single rank.
+        """The measured ranks between which the picks of 95% of the bootstrap samples lie; None of few documents, or
+        of a single rank.
 
         That is the chance that lies in the choice of the examples, and not that of the training.
         """
         shares = [p.bootstrap for p in self.points if p.bootstrap is not None]
-        if len(shares) < 2:
+        if len(shares) < 2 or self.clusters < LEAST_CLUSTERS:
             return None
         up_to_K = np.cumsum(shares)
         low, high = np.searchsorted(up_to_K, [0.025, 0.975 - 1e-9])

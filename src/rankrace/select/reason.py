@@ -3,11 +3,12 @@
 import math
 
 from rankrace.select.objective import CLEARLY_SMALLER, Point, Verdict
-from rankrace.select.statistics import clearly
+from rankrace.select.statistics import LEAST_CLUSTERS, clearly
 from rankrace.select.strategy import Look
+from rankrace.words import counted
 
-LEAST_CLUSTERS = 20
-"""With fewer, two standard errors are far from 95%: 62% with 2 clusters, 80% with 4, 88% with 8."""
+WIDE = 2
+"""A choice that other examples would have made more than so many times larger or smaller is not sure."""
 
 HOW = "; measured on "
 """What stands before it is the choice, and what stands behind it how it came about."""
@@ -45,7 +46,7 @@ def reason(look: Look, *, share: float, examples: int) -> str:
         words += f"; rank {v.smaller.rank} is {behind(v.at(v.smaller.rank), best)} behind"
     if v.gain <= 0 and not v.by_heart:  # a training at its full rate may be behind its start, and end far ahead of it
         words = f"no rank has lowered the validation loss yet; {words}"
-    measured = "1 held-out example" if examples == 1 else f"{examples} held-out examples"
+    measured = counted(examples, "held-out example")
     return f"{words}{HOW}{measured} after {100 * share:.3g}% of the training: {look.reason}."
 
 
@@ -64,7 +65,8 @@ def doubt(look: Look) -> str | None:
     It is where the pick is settled and well inside the range, and the next clearly smaller rank is measurably worse
     than the pick itself: in pairs, with 95% confidence from enough independent examples, and by twice the difference
     that chance makes between two trainings, where that was asked for. (That a smaller rank is behind the *best* is
-    how the rule passed it over, and shows nothing more.)
+    how the rule passed it over, and shows nothing more.) And where other examples would have led to about the same:
+    early errors are small, since all ranks are cut from one training, and the lowest point may yet be anywhere.
     """
     v = look.verdict
     below, largest = v.smaller, v.alive[-1].rank
@@ -81,13 +83,17 @@ def doubt(look: Look) -> str | None:
     if below is None:
         return "no clearly smaller rank was measured"
     if v.clusters < LEAST_CLUSTERS:
-        return f"its errors come from {v.clusters} independent groups of examples, and {LEAST_CLUSTERS} are wanted"
+        groups = counted(v.clusters, "independent group")
+        return f"its errors come from {groups} of examples, and {LEAST_CLUSTERS} are wanted"
     far = f"rank {below.rank} is {with_error(below.behind, below.se)} nats behind it"
     if not clearly(below.behind, below.se, v.clusters):
         return f"{far}, which the paired errors do not tell from nothing"
     # A twin that diverged says nothing, so that nothing is sure.
     if look.chance is not None and not below.behind >= 2 * look.chance:
         return f"{far}, and two equal trainings differ by {look.chance:.4f}"
+    if v.interval is not None and v.interval[1] > WIDE * v.interval[0]:
+        low, high = v.interval
+        return f"other examples may lead to other ranks, {low} to {high} in 95% of bootstrap samples"
     return None
 
 

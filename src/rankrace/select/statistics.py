@@ -7,6 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 
+LEAST_CLUSTERS = 20
+"""Of a choice that may be called sure. With fewer, two standard errors are far from 95%: 62% with 2 clusters, 80%
+with 4, 88% with 8; and samples of a handful of documents are too much alike."""
 CLEARLY = 2.0
 """Paired standard errors by which one must be ahead of another to be called better, at least."""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
