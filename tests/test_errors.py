@@ -83,7 +83,7 @@ FILES: dict[str, tuple[str, bytes, Sequence[str]]] = {
                                                                                     "prompt + completion|response",
                                                                                     "messages|conversations"]),
     "no rows": ("rows.jsonl", b"\n", ["rows.jsonl has no rows"]),
-    "nothing to hold out": ("rows.jsonl", TWO.splitlines()[0], ["1 row in 1 group", "cannot be split", "--validation"]),
+    "nothing to hold out": ("rows.jsonl", TWO.splitlines()[0], ["1 row in 1 group cannot", "--validation"]),
     "copies of one row": ("rows.jsonl", TWO.splitlines(keepends=True)[0] * 5, ["5 rows in 1 group cannot be"]),
     "nothing to learn": ("rows.jsonl", TWO + b'{"prompt": "1 plus 3 is", "completion": " "}\n',
                          ["rows.jsonl, row 3: 'completion' is empty", "correct or remove the row"]),
