@@ -85,6 +85,10 @@ def test_errors_are_clustered_by_document_and_paired_by_row() -> None:
     assert alone.adapter.se == pytest.approx(np.std([100, 0] * 6, ddof=1) / 12**0.5)
     one: Rows = [{**row, "document": "text"} for row in rows]
     assert compared(TASKS["squad2"], one, [*right] * 4, None)["f1"].adapter.se is None
+    alike = compared(TASKS["squad2"], apart, ["no"] * 12, ["no"] * 12)["f1"]
+    assert (alike.adapter.value, alike.adapter.se) == (0, None), "no spread was seen, which is not that there is none"
+    assert alike.gain is not None
+    assert (alike.gain.value, alike.gain.se) == (0, None)
     matthews = compared(TASKS["cola"], apart, [*right, *right, *wrong, *wrong], [*right] * 4)["matthews"]
     assert matthews.adapter.se is None
     assert matthews.gain is not None

@@ -15,7 +15,12 @@ Rule = Literal["one_se", "two_se", "argmin"]
 
 
 class RunConfig(BaseModel):
-    """A fine-tuning run. The docstring line of each field is its help text."""
+    """A fine-tuning run. The docstring line of each field is its help text.
+
+    Raises:
+        pydantic.ValidationError: a value that an option does not take. (The command and `rankrace.search` make a
+            RankraceError of it, `options.checked`.)
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False

@@ -63,7 +63,7 @@ def _text(path: Path) -> str:
         raise RankraceError(
             f"{path} cannot be read: {error}.",
             why="text files are read as UTF-8.",
-            fix="check the file's permissions, or save it as UTF-8.",
+            fix="save it as UTF-8." if isinstance(error, UnicodeDecodeError) else "check the file's permissions.",
         ) from error
 
 

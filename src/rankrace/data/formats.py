@@ -19,7 +19,7 @@ The first shape whose columns are all there wins; other columns are ignored. A q
 without the parts that a row lacks, and its completion is a space and the answer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,9 +216,19 @@ def detect(columns: Iterable[str], where: str) -> Format:
         raise RankraceError(
             f"{where}: the columns {', '.join(map(repr, columns))} are none of the known shapes.",
             why="rankrace must know which text is the prompt and which is the answer.",
-            fix=f"rename the columns to one of these: {known}.",
+            fix=f"{near_miss(columns)}rename the columns to one of these: {known}.",
         )
     return shape
+
+
+def near_miss(columns: Sequence[str]) -> str:
+    """What to do first, where it is likely what is wrong; else nothing."""
+    if len(columns) == 1 and (marks := [mark for mark in ";\t|" if mark in columns[0]]):
+        return f"save the file with commas (its columns seem to be separated by {marks[0]!r}), or "
+    plain = [column.strip().casefold() for column in columns]
+    if find_format(plain):
+        return f"write the columns as {', '.join(plain)}, or "
+    return ""
 
 
 def read_examples(

@@ -1,6 +1,5 @@
 """`rankrace eval`: one adapter on one task."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -34,7 +33,8 @@ class Figure:
 
     value: float
     se: float | None
-    """Standard error over the rows, clustered by document; None for a metric of the whole set, or of one document."""
+    """Standard error over the rows, clustered by document; None for a metric of the whole set, of one document, or of
+    rows that all score alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,8 @@ def compared(
             return Figure(value=value, se=None)
         b_N = nothing_N if b is None else np.array(b[metric])
         _, se = paired_difference(np.array(a[metric]), b_N, np.ones(len(rows)), cluster_N)
-        return Figure(value=value, se=None if math.isnan(se) else se)
+        # Where all rows score alike nothing was seen of the spread: an error of 0 would claim to know it.
+        return Figure(value=value, se=se if se > 0 else None)
 
     own = {m: figure(value, m, ours_by_row, None) for m, value in ours.items()}
     if without is None:
