@@ -279,10 +279,10 @@ def decision(**changed: Any) -> Decision:
 
 
 def test_the_edge_of_the_rates_is_said():
-    assert doubts(8, decision(lr_scale=2.0)) == []
-    (high,) = doubts(8, decision(lr_scale=2.0, lr_edge="high"))
+    assert doubts(8, decision(lr_scale=2.0), 64) == []
+    (high,) = doubts(8, decision(lr_scale=2.0, lr_edge="high"), 64)
     assert high.startswith("Learning rate: the largest that was tried was the best, 2 times --lr. A larger one")
-    (low,) = doubts(8, decision(lr_scale=0.5, lr_edge="low"))
+    (low,) = doubts(8, decision(lr_scale=0.5, lr_edge="low"), 64)
     assert low.startswith("Learning rate: the smallest that was tried was the best, 0.5 times --lr. A smaller one")
     assert "--lr-scales" in low
 
@@ -296,9 +296,9 @@ def test_what_chance_makes_is_said_where_nothing_is_sure():
     assert why is not None
     assert why.startswith("rank 4 is 0.1000 ± ")
     assert why.endswith(" nats behind it, and two equal trainings differ by 0.0623")
-    (unsure,) = doubts(8, decision(confident=False, doubt=why))
+    (unsure,) = doubts(8, decision(confident=False, doubt=why), 64)
     assert unsure == f"Not confident: {why}. Another seed may choose another rank."
-    (old,) = doubts(8, decision(confident=False))
+    (old,) = doubts(8, decision(confident=False), 64)
     assert old.startswith("Not confident: the paired errors do not bear this rank out."), (
         "records that do not say why"
     )
