@@ -39,7 +39,7 @@ class Selection:
     reason: str
     curve: tuple[Point, ...]
     """Loss, paired standard error, penalty and objective of every rank that was measured."""
-    interval: tuple[int, int] | None
+    interval: tuple[int, int] | None = None
     """The measured ranks between which the picks of 95% of the bootstrap samples of the held-out documents lie; not
     told where these are fewer than 20, or one rank was measured."""
     confident: bool
