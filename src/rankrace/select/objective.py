@@ -26,7 +26,7 @@ ERRORS: dict[Rule, float] = {"argmin": 0.0, "one_se": 1.0, "two_se": 2.0}
 """Paired standard errors that a smaller rank may be behind."""
 CLEARLY_SMALLER = 3 / 4
 """Next-door integers differ by less than any validation set resolves; a rank this much smaller is compared."""
-DRAWS = 400
+DRAWS = 200
 """Of the held-out documents with replacement: how else the choice might have come out."""
 AT_ONCE = 2**20
 """Numbers that are held for draws × ranks × documents."""
