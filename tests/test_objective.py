@@ -45,9 +45,11 @@ def judge(
     share: float = 0.0,
     noise: float = 0.0,
     held: Held | None = None,
+    draws: int = 0,
 ) -> Verdict:
     held = held or held_out()
-    return Objective(penalty=penalty, rule=rule, share=share).judge(trials(curve, held, noise=noise), held)
+    objective = Objective(penalty=penalty, rule=rule, share=share)
+    return objective.judge(trials(curve, held, noise=noise), held, draws=draws)
 
 
 def part(curve: dict[int, float], ranks: tuple[int, ...]) -> dict[int, float]:
@@ -390,7 +392,7 @@ def test_bytes_are_charged_as_the_adapter_is_written(bank: Bank):
 def test_a_diverged_candidate_is_never_picked_and_changes_nothing(lost: float, rule: Rule):
     """Whether one example is lost or all are; nothing is printed either (warnings are errors here)."""
     held = held_out()
-    plain = judge(part(GPT2_MEDIUM, GRID), rule=rule, noise=0.001, held=held)
+    plain = judge(part(GPT2_MEDIUM, GRID), rule=rule, noise=0.001, held=held, draws=DRAWS)
     for rank in (1, 12, 64):
         one_N = trial(rank, 1.0, held).loss_N.astype(float)
         one_N[3] = lost
@@ -401,7 +403,7 @@ def test_a_diverged_candidate_is_never_picked_and_changes_nothing(lost: float, r
                     *trials(part(GPT2_MEDIUM, GRID), held, noise=0.001),
                     Trial(rank=rank, loss_N=loss_N, source="direct"),
                 ]
-                verdict = Objective(penalty=FREE, rule=rule).judge(measured, held)
+                verdict = Objective(penalty=FREE, rule=rule).judge(measured, held, draws=DRAWS)
             assert (verdict.pick, verdict.best, verdict.gain) == (plain.pick, plain.best, plain.gain)
             assert [p for p in verdict.points if p.rank != rank] == list(plain.points)
             dead = verdict.at(rank)
@@ -520,14 +522,15 @@ def test_a_bootstrap_sample_is_judged_as_a_validation_set_of_those_documents(rul
     found_B = objective.choose(curve, weight_BC, 0.0, None).pick_B
     assert [curve.ranks[i] for i in found_B[:40]] == picks
     assert len(set(picks)) > 1, "or it would not matter"
-    shares = [p.bootstrap for p in objective.judge(given, held).points]
+    shares = [p.bootstrap for p in objective.judge(given, held, draws=DRAWS).points]
     assert shares == [float(np.mean(found_B == i)) for i in range(len(given))]
 
 
 def test_intervals_hold_the_choices_of_other_validation_sets():
     """Those of 95% would hold 83% of the picks of another set of the same size, both being chance, if picks were
     normal and any rank could be picked; whole ranks make it more."""
-    verdicts = [Objective(penalty=FREE, rule="two_se", share=0.04).judge(*sampled(seed)) for seed in range(60)]
+    objective = Objective(penalty=FREE, rule="two_se", share=0.04)
+    verdicts = [objective.judge(*sampled(seed), draws=DRAWS) for seed in range(60)]
     held = []
     for v in verdicts:
         assert v.interval is not None
@@ -539,10 +542,10 @@ def test_intervals_hold_the_choices_of_other_validation_sets():
 
 
 def test_the_interval_of_what_is_certain_or_unknown():
-    assert judge({1: 3.0, 2: 2.0, 4: 2.5}, noise=1e-6).interval == (2, 2)
-    assert judge({1: 3.0, 2: 2.0, 4: 2.5}, held=held_out(clusters=1)).interval is None, "one document"
-    assert judge({2: 2.0}).interval is None, "one rank"
-    diverged = judge({1: 3.0, 2: 2.0, 4: math.inf}, noise=1e-6)
+    assert judge({1: 3.0, 2: 2.0, 4: 2.5}, noise=1e-6, draws=DRAWS).interval == (2, 2)
+    assert judge({1: 3.0, 2: 2.0, 4: 2.5}, held=held_out(clusters=1), draws=DRAWS).interval is None, "one document"
+    assert judge({2: 2.0}, draws=DRAWS).interval is None, "one rank"
+    diverged = judge({1: 3.0, 2: 2.0, 4: math.inf}, noise=1e-6, draws=DRAWS)
     assert diverged.interval == (2, 2)
     assert diverged.at(4).bootstrap == 0
 
@@ -667,7 +670,7 @@ def test_a_choice_that_other_examples_would_make_otherwise_is_not_sure():
     with half of the samples for 8 and half for 32, though 4 is clearly behind."""
     held = held_out(400, base=4.0)
     judged = {
-        loss: judge({1: 3.0, 4: 2.5, 8: loss, 32: 2.0, 64: 2.5}, rule="two_se", noise=0.05, held=held)
+        loss: judge({1: 3.0, 4: 2.5, 8: loss, 32: 2.0, 64: 2.5}, rule="two_se", noise=0.05, held=held, draws=DRAWS)
         for loss in (2.007, 2.0)
     }
     torn, sure = judged[2.007], judged[2.0]
@@ -677,7 +680,7 @@ def test_a_choice_that_other_examples_would_make_otherwise_is_not_sure():
     assert why == "other examples may lead to other ranks, 8 to 32 in 95% of bootstrap samples"
     assert sure.interval == (8, 8)
     assert is_confident(seen(sure))
-    handful = judge({1: 3.0, 4: 2.5, 8: 2.0, 64: 2.5}, noise=0.05, held=held_out(400, clusters=19))
+    handful = judge({1: 3.0, 4: 2.5, 8: 2.0, 64: 2.5}, noise=0.05, held=held_out(400, clusters=19), draws=DRAWS)
     assert handful.interval is None, "samples of so few documents are too much alike"
 
 

@@ -7,8 +7,8 @@ training favours them (docs/selection.md).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankrace.select.objective import Objective, Trial, Verdict
-from rankrace.select.strategy import Bench, Cut, Keep, Look, Start, holder, refined
+from rankrace.select.objective import Objective
+from rankrace.select.strategy import Bench, Cut, Keep, Look, Start, conclude, holder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,7 @@ class Grid:
         return None if looks else self.look_step
 
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
-        def judge(trials: Sequence[Trial]) -> Verdict:
-            return self.objective.judge(trials, bench.held)
-
-        trials = bench.direct()
-        verdict = judge(trials)
-        if self.refine:
-            verdict = refined(verdict, trials, bench, judge)
+        verdict = conclude(bench.direct(), bench, self.objective, refine=self.refine)
         pick, source = verdict.pick, holder(bench.ranks, verdict.pick)
         # A candidate that was picked goes on undisturbed; a rank between two is cut from the larger.
         trained = verdict.at(pick).source == "direct"

@@ -13,14 +13,7 @@ import numpy as np
 
 from rankrace.config import Rule
 from rankrace.errors import RankraceError
-from rankrace.select.statistics import (
-    LEAST_CLUSTERS,
-    bootstrap_weights,
-    by_cluster,
-    clearly,
-    differences,
-    paired_difference,
-)
+from rankrace.select.statistics import LEAST_CLUSTERS, bootstrap_weights, by_cluster, clearly, differences
 
 ERRORS: dict[Rule, float] = {"argmin": 0.0, "one_se": 1.0, "two_se": 2.0}
 """Paired standard errors that a smaller rank may be behind."""
@@ -85,8 +78,8 @@ class Point:
     objective: float
     source: Source
     bootstrap: float | None = None
-    """The share of bootstrap samples of the held-out documents in which this rank is the pick; None where there is a
-    single document."""
+    """The share of bootstrap samples of the held-out documents in which this rank is the pick; None where none were
+    drawn, or there is a single document."""
 
     @property
     def alive(self) -> bool:
@@ -142,8 +135,8 @@ class Verdict:
 
     @property
     def interval(self) -> tuple[int, int] | None:
-        """The measured ranks between which the picks of 95% of the bootstrap samples lie; None of few documents, or
-        of a single rank.
+        """The measured ranks between which the picks of 95% of the bootstrap samples lie; None of few documents, of a
+        single rank, or where none were drawn.
 
         That is the chance that lies in the choice of the examples, and not that of the training.
         """
@@ -194,6 +187,11 @@ class Curve:
         loss_KC = np.where(np.isfinite(loss_KC), loss_KC, np.nan)  # infinity less infinity would be a warning
         return Curve(ranks=tuple(t.rank for t in trials), loss_KC=loss_KC, base_C=base_C, tokens_C=tokens_C)
 
+    def to(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The paired differences of all ranks to one, and their standard errors: [K] each."""
+        d_1K, se_1K = differences(self.loss_KC, np.array([index]), self.tokens_C, np.ones((1, len(self.tokens_C))))
+        return d_1K[0], se_1K[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
@@ -232,9 +230,10 @@ class Objective:
     rule: Rule
     share: float = 0.0
 
-    def judge(self, trials: Sequence[Trial], held: Held, bought: float | None = None) -> Verdict:
+    def judge(self, trials: Sequence[Trial], held: Held, bought: float | None = None, *, draws: int = 0) -> Verdict:
         """Args:
             bought: what rank buys, where it is known from a curve that begins at a smaller rank.
+            draws: bootstrap samples, to tell how else the choice might have come out.
 
         Raises:
             RankraceError: no trial has a finite loss, or a price is no number.
@@ -259,16 +258,12 @@ class Objective:
             )
         best, pick = int(one.best_B[0]), int(one.pick_B[0])
         shares: list[float | None] = [None] * len(trials)
-        if C > 1:
-            pieces = np.array_split(bootstrap_weights(C, DRAWS), 1 + DRAWS * len(trials) * C // AT_ONCE)
+        if draws and C > 1:
+            pieces = np.array_split(bootstrap_weights(C, draws), 1 + draws * len(trials) * C // AT_ONCE)
             picks_B = np.concatenate([self.choose(curve, w_BC, held.epochs, bought).pick_B for w_BC in pieces])
             shares = [float(np.mean(picks_B == i)) for i in range(len(trials))]
-
-        def difference(a: int, b: int) -> tuple[float, float]:
-            return paired_difference(trials[a].loss_N, trials[b].loss_N, held.tokens_N, held.cluster_N)
-
         finite = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
-        behind, se = difference(finite[0], min(finite, key=lambda i: losses[i]))
+        behind_K, se_K = curve.to(min(finite, key=lambda i: losses[i]))
         below = [
             i for i, t in enumerate(trials)
             if math.isfinite(objectives[i]) and t.rank <= CLEARLY_SMALLER * trials[pick].rank
@@ -277,7 +272,7 @@ class Objective:
         if below:
             i = below[-1]
             ahead = float(objectives[i] - objectives[pick])
-            smaller = Smaller(rank=trials[i].rank, behind=ahead, se=difference(i, pick)[1])
+            smaller = Smaller(rank=trials[i].rank, behind=ahead, se=float(curve.to(pick)[1][i]))
         by_heart = bool(one.by_heart_B[0])
         return Verdict(
             points=tuple(
@@ -300,7 +295,7 @@ class Objective:
             smaller=smaller,
             errors=ERRORS[self.rule],
             by_heart=by_heart,
-            rank_counts=by_heart or clearly(behind, se, C),
+            rank_counts=by_heart or clearly(float(behind_K[finite[0]]), float(se_K[finite[0]]), C),
         )
 
     @np.errstate(invalid="ignore")  # prices may be infinite: `judge` refuses what cannot be chosen from

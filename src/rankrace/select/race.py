@@ -7,9 +7,21 @@ is learnt again before it counts. Dearer than `shrink`, which takes the cut itse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankrace.select.objective import Edge, Objective, Trial, Verdict
+from rankrace.select.objective import Edge, Objective, Verdict
 from rankrace.select.statistics import clearly
-from rankrace.select.strategy import WAITED, Action, Bench, Cut, Keep, Look, Start, Train, holder, later_step, refined
+from rankrace.select.strategy import (
+    WAITED,
+    Action,
+    Bench,
+    Cut,
+    Keep,
+    Look,
+    Start,
+    Train,
+    conclude,
+    holder,
+    later_step,
+)
 
 PROBE = 0.10
 """The wide candidate's part of the training."""
@@ -68,7 +80,8 @@ class Race:
         trials = bench.truncated(0, sorted({1, *self.ranks}))
         # Rank 1 tells what rank buys, whether or not it may be picked.
         whole = self.objective.judge(trials, bench.held)
-        verdict = self.objective.judge([t for t in trials if t.rank in self.ranks], bench.held, whole.bought)
+        allowed = [t for t in trials if t.rank in self.ranks]
+        verdict = self.objective.judge(allowed, bench.held, whole.bought)
         if not whole.rank_counts and len(self.ranks) > 1 and step < later_step(self.total_steps):
             return Look(step=step, verdict=verdict, action=Train())
         enough, last = verdict.pick, not self.heat_steps(step)
@@ -77,6 +90,7 @@ class Race:
             words = (
                 "a training too short for a race" if last else "even cut to it, the update loses nothing that counts"
             )
+            verdict = conclude(allowed, bench, self.objective, whole.bought, refine=False)
             return Look(
                 step=step,
                 verdict=verdict,
@@ -94,12 +108,9 @@ class Race:
         # What rank buys, from the first heat: later ones lack the ranks that were dropped.
         bought = before[0].verdict.bought if before else None
 
-        def judge(trials: Sequence[Trial]) -> Verdict:
-            return self.objective.judge(trials, bench.held, bought)
-
         # As they are: soon after a cut an average is mostly what was cut (docs/planted.md).
         trials = bench.direct()
-        verdict = judge(trials)
+        verdict = self.objective.judge(trials, bench.held, bought)
         pick, best = verdict.at(verdict.pick), verdict.at(verdict.best)
         staying = tuple(
             i
@@ -118,8 +129,7 @@ class Race:
         reason = f"ranks {raced} had been cut from {self.wide} and trained on side by side"
         if began > 0:
             reason += f" ({WAITED})"
-        if self.refine:
-            verdict = refined(verdict, trials, bench, judge)
+        verdict = conclude(trials, bench, self.objective, bought, refine=self.refine)
         source = holder(bench.ranks, verdict.pick)
         trained = verdict.at(verdict.pick).source == "direct"
         if not trained:

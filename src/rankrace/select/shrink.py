@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankrace.select.objective import Objective, Trial, Verdict
+from rankrace.select.objective import Objective
 from rankrace.select.statistics import clearly, paired_difference
-from rankrace.select.strategy import WAITED, Bench, Cut, Look, Start, Train, later_step, refined
+from rankrace.select.strategy import WAITED, Bench, Cut, Look, Start, Train, conclude, later_step
 
 STABLE_LOOKS = 3
 STABLE_RATIO = 1.33
@@ -59,18 +59,14 @@ class Shrink:
         return stable(picks) or len(picks) >= len(self.look_steps)
 
     def look(self, step: int, looks: Sequence[Look], bench: Bench) -> Look:
-        def judge(trials: Sequence[Trial]) -> Verdict:
-            return self.objective.judge(trials, bench.held)
-
         measured = ladder(self.largest)
         trials = bench.truncated(0, measured)
-        verdict = judge(trials)
+        verdict = self.objective.judge(trials, bench.held)
         picks = [*(look.verdict.pick for look in looks), verdict.pick]
         waited = step >= later_step(self.total_steps)
         if not (waited or (self.settled(picks) and (verdict.rank_counts or len(measured) == 1))):
             return Look(step=step, verdict=verdict, action=Train())
-        if self.refine:
-            verdict = refined(verdict, trials, bench, judge)
+        verdict = conclude(trials, bench, self.objective, refine=self.refine)
         recent = picks[-STABLE_LOOKS:]
         seen = ", ".join(map(str, recent))
         reason = f"the last {len(recent)} looks" if len(recent) > 1 else "the only look"

@@ -3,8 +3,6 @@
 Shapes: K candidates, N examples, C clusters (documents), B draws of C clusters with replacement.
 """
 
-from functools import lru_cache
-
 import numpy as np
 
 LEAST_CLUSTERS = 20
@@ -36,7 +34,6 @@ def by_cluster(x_XN: np.ndarray, cluster_N: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(member_N, weights=x_N, minlength=len(clusters)) for x_N in x_XN])
 
 
-@lru_cache(maxsize=2)  # judged several times at a look
 def bootstrap_weights(C: int, draws: int) -> np.ndarray:
     """How often each of C clusters comes in each of so many draws of C of them, [B, C]; always the same draws.
 

@@ -4,13 +4,12 @@ A strategy keeps no state of its own. What it decides follows from the looks so 
 now, so a run that was killed and resumed decides the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from rankrace.select.objective import Edge, Held, Trial, Verdict
+from rankrace.select.objective import DRAWS, Edge, Held, Objective, Trial, Verdict
 
-Judge = Callable[[Sequence[Trial]], Verdict]
 LATER = 0.60
 """When one wide candidate is looked at again whose ranks could not be told apart early, as a share of the training.
 Such a curve says one of two things: the smallest rank is enough, or what larger ones are for has not been learnt yet.
@@ -154,18 +153,21 @@ def later_step(total_steps: int) -> int:
     return max(1, round(LATER * total_steps))
 
 
-def refined(verdict: Verdict, trials: Sequence[Trial], bench: Bench, judge: Judge) -> Verdict:
-    """Halves the gaps beside the pick, by truncation, until the integers next to it are measured too.
+def conclude(
+    trials: Sequence[Trial], bench: Bench, objective: Objective, bought: float | None = None, *, refine: bool
+) -> Verdict:
+    """The last verdict, with bootstrap samples: how else the choice might have come out.
 
-    Where the loss falls with the rank this ends on the smallest integer that the rule accepts, and where the
-    objective has one valley, on its lowest point: log2 of the gap in measurements. A noisy curve need not be so
-    tidy; then the end is one such rank, accepted while its measured neighbours are not better, and a rank that
-    was never measured might have done as well.
+    Args:
+        refine: halve the gaps beside the pick first, by truncation, until the integers next to it are measured too.
+            Where the loss falls with the rank this ends on the smallest integer that the rule accepts, and where the
+            objective has one valley, on its lowest point: log2 of the gap in measurements. A noisy curve need not be
+            so tidy; then the end is one such rank, accepted while its measured neighbours are not better, and a rank
+            that was never measured might have done as well.
     """
-    while (middle := next_probe(verdict)) is not None:
+    while refine and (middle := next_probe(objective.judge(trials, bench.held, bought))) is not None:
         trials = [*trials, *bench.truncated(holder(bench.ranks, middle), [middle])]
-        verdict = judge(trials)
-    return verdict
+    return objective.judge(trials, bench.held, bought, draws=DRAWS)
 
 
 def next_probe(verdict: Verdict) -> int | None:
