@@ -150,7 +150,7 @@ def adapters(ranks: Sequence[int]) -> Build:
         bank = Bank(hf)
         assert m.config.micro_tokens is not None
         trainer = Trainer(PackedModel(hf, bank, "causal"), m.data.train.examples,
-                          recipe_of(m.config, m.config.micro_tokens))  # fmt: skip
+                          recipe_of(m.config, hf, m.config.micro_tokens))  # fmt: skip
         bank.start(tuple(ranks), [1.0] * len(ranks))
         trainer.start(bank.candidates, [LR] * len(ranks))
         return trainer, bank.trainable_parameters(FINAL)

@@ -70,7 +70,7 @@ class Ours:
         config = resolved(config, data, self.model, "causal")
         self.compile(config.compile == "on")
         assert config.micro_tokens is not None
-        trainer = Trainer(self.model, data.train.examples, recipe_of(config, config.micro_tokens))
+        trainer = Trainer(self.model, data.train.examples, recipe_of(config, self.bank.model, config.micro_tokens))
         plan = LookPlan.of(config, data, trainer)
         found: Found = {
             "compile": config.compile, "graphs": config.cuda_graphs, "micro_tokens": config.micro_tokens,

@@ -123,7 +123,7 @@ class Study:
         cuda = self.hf.device.type == "cuda"
         if self.compiled and cuda:
             compile_blocks(bank)
-        recipe = recipe_of(self.config, self.config.micro_tokens or 0)
+        recipe = recipe_of(self.config, self.hf, self.config.micro_tokens or 0)
         return Trainer(model, self.data.train.examples, replace(recipe, graphs=cuda))
 
     def record(self, fresh_tokens_N: np.ndarray) -> dict[str, Any]:

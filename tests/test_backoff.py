@@ -166,6 +166,21 @@ def test_measuring_backs_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.recipe.micro_tokens <= 45
 
 
+def test_longer_passes_that_measure_are_the_first_to_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were never needed; what trained by then fits still."""
+    expected = trainer_of().measure(HELD)
+    trainer = trainer_of(micro_tokens=60)
+    trainer.recipe = replace(trainer.recipe, longer=4.0)
+    small = Small(monkeypatch, 100)
+    measured = trainer.measure(HELD)
+    first, *others = (tokens * K for tokens, K in small.passes)
+    assert 100 < first <= 240
+    assert max(others) <= 60
+    assert np.abs(measured.loss_KN - expected.loss_KN).max() < 1e-9
+    assert (trainer.recipe.micro_tokens, trainer.recipe.measuring_tokens, trainer.backed_off) == (60, 60, None)
+    assert trainer.notes[0].endswith("taken again, from now on with at most 60 tokens a pass.")
+
+
 def test_other_methods_back_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> Trainer:
         hf = tiny("llama")

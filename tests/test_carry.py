@@ -11,14 +11,15 @@ from rankrace.training.model import PackedModel
 
 
 def test_the_mean_turns_with_the_gradient() -> None:
-    """A cut to the whole rank is the same ΔW in another basis, so its gradients are the old ones, turned."""
+    """A cut is ΔW, or the most of it, in another basis, so its gradients are the old ones, turned; nothing is learnt
+    where it has no rank."""
     bank = Bank(tiny("llama").double())
     bank.start((4, 8), (2.0, 3.0))
     for layer in bank.layers.values():
         layer.B_KDR.data[1, :, :8].normal_()
     before = bank.candidates.with_tensors({n: t.clone() for n, t in bank.candidates.tensors().items()})
     whole = before.spectra(1)
-    after = before.truncations(1, (8,), (5.0,), whole)
+    after = before.truncations(1, (8, 3), (5.0, 2.0), whole)
     generator = torch.Generator().manual_seed(0)
     for name, (A, B) in before.factors.items():
         G = torch.randn(B.shape[1], A.shape[2], generator=generator, dtype=torch.float64)  # ∂L/∂ΔW
@@ -27,9 +28,34 @@ def test_the_mean_turns_with_the_gradient() -> None:
         mean[f"{name}.B"][1] = 3.0 * G @ A[1].T
         turned, square = carried(before, 1, whole, after, mean, {n: t.square() for n, t in mean.items()})
         new_A, new_B = after.factors[name]
-        torch.testing.assert_close(turned[f"{name}.A"][0], 5.0 * new_B[0].T @ G, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(turned[f"{name}.B"][0], 5.0 * G @ new_A[0].T, rtol=1e-9, atol=1e-9)
+        for k, new_s in enumerate((5.0, 2.0)):
+            torch.testing.assert_close(turned[f"{name}.A"][k], new_s * new_B[k].T @ G, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(turned[f"{name}.B"][k], new_s * G @ new_A[k].T, rtol=1e-9, atol=1e-9)
+        assert turned[f"{name}.A"][1, :3].any()
+        assert not turned[f"{name}.A"][1, 3:].any()
         assert all((t >= 0).all() for t in square.values())
+
+
+def test_layers_of_ranks_of_their_own_are_carried_each_by_itself() -> None:
+    """Those of one shape are turned together, but only if their ranks are alike too; a layer of none has nothing."""
+    bank = Bank(tiny("llama").double())
+    bank.start((8,), (2.0,))
+    for layer in bank.layers.values():
+        layer.B_KDR.data.normal_()
+    before = bank.candidates
+    whole = before.spectra(0)
+    allocation = {name: i % 4 for i, name in enumerate(before.factors)}
+    after = before.truncations(0, (2,), (3.0,), whole, [allocation])
+    ones = {n: torch.ones_like(t) for n, t in before.tensors().items()}
+    mean, square = carried(before, 0, whole, after, ones, ones)
+    for r in set(allocation.values()):
+        uniform = before.truncations(0, (r,), (3.0,), whole)
+        of_all = carried(before, 0, whole, uniform, ones, ones)
+        for name in (n for n, own in allocation.items() if own == r):
+            for found, wanted in zip((mean, square), of_all, strict=True):
+                for ab in "AB":
+                    torch.testing.assert_close(found[f"{name}.{ab}"], wanted[f"{name}.{ab}"], rtol=1e-9, atol=1e-12)
+            assert mean[f"{name}.A"].any() == (r > 0)
 
 
 def test_a_direction_without_weight_carries_nothing() -> None:

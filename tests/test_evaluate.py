@@ -48,7 +48,7 @@ def trainer(smollm2: Path) -> Trainer[Bank]:
     """SmolLM2 under a bank whose single adapter does something."""
     model = load_model(str(smollm2), "causal", None, device=torch.device("cpu"), dtype=torch.float32, seed=0)
     bank = Bank(model, target_modules=["q_proj", "down_proj"])
-    trainer = Trainer(PackedModel(model, bank, "causal"), [], recipe_of(RunConfig(model="m", data="d"), 4096))
+    trainer = Trainer(PackedModel(model, bank, "causal"), [], recipe_of(RunConfig(model="m", data="d"), model, 4096))
     bank.start((4,), (2.0,))
     generator = torch.Generator().manual_seed(0)
     for _, B_KDR in bank.candidates.factors.values():
@@ -193,7 +193,7 @@ def test_the_likeliest_of_three_classes(family: str) -> None:
         expected = [int(model(input_ids=torch.tensor(e.input_ids)[None].long()).logits[0].argmax()) for e in encoded]
     assert set(expected) == {0, 1, 2}
     trainer = Trainer(PackedModel(model, Parameters(model, {}), "classification"), [],
-                      recipe_of(RunConfig(model="m", data="d"), 64))  # fmt: skip
+                      recipe_of(RunConfig(model="m", data="d"), model, 64))  # fmt: skip
     assert classified(trainer, encoded, 3) == expected
 
 

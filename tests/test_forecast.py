@@ -1,6 +1,8 @@
 """What is predicted of a run, against what it then takes."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -15,8 +17,12 @@ from rankrace.config import RunConfig
 from rankrace.data.pack import Size
 from rankrace.forecast import Memory, besides, measurements, remedy
 from rankrace.plan import (
+    AMPLE_SHARE,
+    AMPLE_TOKENS,
     FRESH_SHARE,
     FULL_TOKENS,
+    GRAPHS,
+    LONGER,
     LOOK_ENOUGH,
     LOOK_SHARE,
     MOST_TOKENS,
@@ -24,7 +30,9 @@ from rankrace.plan import (
     Switch,
     candidate_bytes,
     compiling,
+    graph_tokens,
     graphs_worth,
+    measures_longer,
     ranks_measured,
     way_of,
     worthwhile_tokens,
@@ -86,7 +94,8 @@ def test_the_largest_pass_that_fits() -> None:
     assert tokens == 500
     assert COST.training(Size(tokens=500, examples=5, longest=100, targets=500), 1) == 5100.0
     assert COST.tokens_in(50.0, 1.5) == 0
-    assert COST.apart.tokens_in(10_200.0, 1.5) == 500, "two forwards beside each other, with logits"
+    assert COST.apart(1.0).tokens_in(10_200.0, 1.5) == 500, "two forwards beside each other, with logits"
+    assert COST.apart(3.0).tokens_in(20_200.0, 1.5) == 500, "one of them three times as long"
 
 
 SHAPES = ((576, 1536), (2048, 8192), (3072, 8192), (4096, 11008), (5120, 13824))
@@ -109,6 +118,38 @@ def test_wide_models_take_short_passes() -> None:
     assert 6200 <= compiled[3] <= 8000, "measured at 7B: at 6,200 tokens the chip waits for a fifteenth of the step"
     assert 6375 <= graph[1] <= 8192, "measured at 1B: one pass of 6,375 tokens takes 0.85 of three shorter ones"
     assert graph[3:] == [FULL_TOKENS] * 2, "at 7B a longer one buys a tenth of the time for twice the memory"
+
+
+def test_graphs_are_longer_where_memory_is_plenty() -> None:
+    """7B keeps some 5 MB a token in plain blocks, beside 17 GB for itself and a wide candidate."""
+    token = replace(FLAT, token=5e6)
+    cost = PassCost(kept=token, backward=token, measuring=FLAT, target=1e6, chunk=2048, slack=1.0)
+    for gigabytes, least, most in (
+        (80, FULL_TOKENS, FULL_TOKENS),
+        (141, 6656, AMPLE_TOKENS),
+        (24, FULL_TOKENS, 3200),
+    ):
+        ample = AMPLE_SHARE * gigabytes * 1e9 - 17e9
+        shape = LlamaConfig(hidden_size=4096, intermediate_size=11008)
+        assert least <= graph_tokens(shape, cost, ample, 1.0) <= most
+    small = LlamaConfig(hidden_size=576, intermediate_size=1536)
+    assert graph_tokens(small, cost, 0.0, 1.0) == worthwhile_tokens(small, GRAPHS), (
+        "longer ones are worth while anyway"
+    )
+
+
+def test_small_models_measure_in_longer_passes_than_they_train_in() -> None:
+    """Python launches them, graphs or not; a wide model's are products already, and would only take memory."""
+
+    def longer(shape: int, micro_tokens: int, device: str = "cuda") -> float:
+        D, inner = SHAPES[shape]
+        config = LlamaConfig(hidden_size=D, intermediate_size=inner)
+        return measures_longer(SimpleNamespace(device=torch.device(device), config=config), micro_tokens)
+
+    assert longer(0, 16384) == LONGER, "no more for a user who wants little memory to be taken"
+    assert 3 < longer(0, 32768) < LONGER
+    assert [longer(1, 7680), longer(3, 3200), longer(4, 3200)] == [1.0] * 3
+    assert longer(0, 4096, "cpu") == 1.0
 
 
 class Layer:

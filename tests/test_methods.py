@@ -102,7 +102,7 @@ def test_peft_lora_in_the_loop_is_the_bank_with_one_candidate(causal: tuple[RunC
     R = 4
     bank_model = base_of(config, data)
     bank = Bank(bank_model, seed=config.seed)
-    own = Trainer(PackedModel(bank_model, bank, "causal"), data.train.examples, recipe_of(config, 64))
+    own = Trainer(PackedModel(bank_model, bank, "causal"), data.train.examples, recipe_of(config, bank_model, 64))
     bank.start((R,), (config.alpha / R,))
     own.start(bank.candidates, [LR])
     initial = {name: A_KRD[0, :R].clone() for name, (A_KRD, _) in bank.candidates.factors.items()}

@@ -37,7 +37,7 @@ from rankrace.select.race import HEATS, MOST
 from rankrace.session import ready
 from rankrace.training.loop import Trainer
 from rankrace.training.memory import PassCost, free_bytes, held_bytes, probe
-from rankrace.training.passes import Graphs
+from rankrace.training.passes import Graphs, abreast
 
 TIMED_TOKENS = 512
 """Of the pass that is timed on a CPU; on a GPU a whole step is."""
@@ -184,10 +184,11 @@ def look_bytes(config: RunConfig, trainer: Trainer[Bank], cost: PassCost, R: int
     # Made in full precision; what measures them is a copy in the compute type, and the others go.
     made, lent = (candidate_bytes(bank, cuts, max(config.ranks), flats=n) if cuts else 0 for n in (1, 0))
     spectra = 8 * 2 * bank.trainable_parameters(R) * min(1.0, TOGETHER / len(bank.layers)) if cuts else 0
-    rows = validation_batches([len(e) for e in examples], trainer.recipe.micro_tokens)
+    budget = trainer.recipe.measuring_tokens
+    rows = validation_batches([len(e) for e in examples], budget)
     sizes = [model.pack(examples, row).size for row in rows]
     side_by_side = max(cuts, len(config.ranks) if config.strategy == "grid" else 1)
-    passes = [cost.looking(size, trainer.abreast(size.tokens, side_by_side)) for size in sizes]
+    passes = [cost.looking(size, abreast(size.tokens, side_by_side, budget)) for size in sizes]
     return round(max(made, lent + max(passes), spectra))
 
 

@@ -18,7 +18,7 @@ from rankrace.select.race import HEATS, PROBE
 from rankrace.select.shrink import PLANS, ladder
 from rankrace.training.attention import cannot_capture, refuse_capture
 from rankrace.training.loop import Trainer
-from rankrace.training.memory import PassCost, free_bytes, free_caches, out_of_memory, probe
+from rankrace.training.memory import PassCost, free_bytes, free_caches, held_bytes, out_of_memory, probe
 from rankrace.training.model import PackedModel
 from rankrace.training.recompute import recomputing
 from rankrace.training.schedule import steps_of
@@ -38,9 +38,15 @@ LEAST_TOKENS, MOST_TOKENS = 512, 32768
 """Of a pass on a GPU, whatever fits."""
 FULL_TOKENS = 3200
 """Of a pass on a GPU: products of fewer do not keep all of it busy."""
+AMPLE_TOKENS, AMPLE_SHARE = 8192, 2 / 5
+"""Of a pass as a CUDA graph where memory is plenty: so much of the device holds all that a run takes. At 7B twice the
+tokens take a twelfth less time, and 11 GB more."""
 LAUNCHES_HIDDEN, LAUNCHES_SMALL = 2.0, 10.0
 """The products of a pass take so many times its launches. From Python: then the host runs ahead, and the chip never
 waits. In a CUDA graph nothing runs ahead, and what starting its kernels takes comes on top: a tenth at most."""
+LONGER = 4.0
+"""Times a pass that trains may one be that measures: what it keeps is a small part of what a backward wants, but a
+graph's memory lies beside it."""
 GRAPHS_WORTH = 1 / 3
 """Of the time of its products: a pass that takes more to launch is launched as a CUDA graph."""
 FREE_SHARE = 0.85
@@ -154,15 +160,20 @@ class Fitting:
             return Fitting(plain=tokens, with_graphs=tokens, recompute=config.recompute == "on")
         K, R = starting(config, bank)
         bank.start((R,), (1.0,))
-        room = FREE_SHARE * free_bytes(bank.device) - candidate_bytes(bank, K, R, flats_of(config))
+        candidates = candidate_bytes(bank, K, R, flats_of(config))
+        held, free = held_bytes(bank.device), free_bytes(bank.device)
+        room, ample = FREE_SHARE * free - candidates, AMPLE_SHARE * (held + free) - held - candidates
         recompute, cost = probed(config, data, packed, room)
-        shape = shape_of(packed.model)
+        shape, padding = shape_of(packed.model), padding_of(data)
+        plain = pass_tokens(worthwhile_tokens(shape, way_of(compiled, "off")), cost, room, padding)
+        apart = cost.apart(measures_longer(packed.model, plain))
+        with_graphs = pass_tokens(graph_tokens(shape, apart, ample, padding), apart, room, padding)
+        return Fitting(plain=chosen or plain, with_graphs=chosen or with_graphs, recompute=recompute)
 
-        def within(cost: PassCost, graphs: Switch) -> int:
-            tokens = cost.tokens_in(room, padding_of(data)) // 512 * 512
-            return chosen or max(LEAST_TOKENS, min(worthwhile_tokens(shape, way_of(compiled, graphs)), tokens))
 
-        return Fitting(plain=within(cost, "off"), with_graphs=within(cost.apart, "on"), recompute=recompute)
+def pass_tokens(wanted: int, cost: PassCost, room: float, padding: float) -> int:
+    """As many as are wanted, if a pass of them fits into so many bytes."""
+    return max(LEAST_TOKENS, min(wanted, cost.tokens_in(room, padding) // 512 * 512))
 
 
 def probed(config: RunConfig, data: Data, packed: PackedModel[Bank], room: float) -> tuple[bool, PassCost]:
@@ -188,11 +199,29 @@ def worthwhile_tokens(shape: PreTrainedConfig, way: Way) -> int:
     4·D_in·D_out operations a token and layer have to hide the layer's launches, or to dwarf them. So wide models want
     few tokens, small ones as many as there are; and a CUDA graph fewer than Python.
     """
+    times = LAUNCHES_SMALL if way is GRAPHS else LAUNCHES_HIDDEN
+    tokens = -(-int(times * launched_tokens(shape, way)) // 512) * 512
+    return min(MOST_TOKENS, max(FULL_TOKENS, tokens))
+
+
+def graph_tokens(shape: PreTrainedConfig, cost: PassCost, ample: float, padding: float) -> int:
+    """The same of a CUDA graph, of more tokens where passes may take so many bytes."""
+    return max(worthwhile_tokens(shape, GRAPHS), min(AMPLE_TOKENS, cost.tokens_in(ample, padding)))
+
+
+def launched_tokens(shape: PreTrainedConfig, way: Way) -> float:
+    """Of the pass whose products take as long as its launches."""
     D = shape.hidden_size
     weights = D * (4 * D + 3 * inner_width(shape)) / 7  # the mean of a block's seven layers, or about that
-    times = LAUNCHES_SMALL if way is GRAPHS else LAUNCHES_HIDDEN
-    tokens = times * way.launch_s * way.operations / (4 * weights)
-    return min(MOST_TOKENS, max(FULL_TOKENS, -(-int(tokens) // 512) * 512))
+    return way.launch_s * way.operations / (4 * weights)
+
+
+def measures_longer(model: PreTrainedModel, micro_tokens: int) -> float:
+    """How many times as long as one that trains a pass may be that measures: until its products take as long as its
+    launches, for Python launches it. (Both are half of what they are with a backward.)"""
+    if model.device.type != "cuda":
+        return 1.0
+    return min(LONGER, max(1.0, launched_tokens(shape_of(model), EAGER) / micro_tokens))
 
 
 def shape_of(model: PreTrainedModel) -> PreTrainedConfig:

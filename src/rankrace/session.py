@@ -20,7 +20,7 @@ from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.device import wait_for
 from rankrace.errors import RankraceError
-from rankrace.plan import LookPlan, resolved
+from rankrace.plan import LookPlan, measures_longer, resolved
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.ending import Ending, end
 from rankrace.select.learning_rate import lr_for, multiplier
@@ -137,7 +137,7 @@ def ready(
         compile_blocks(bank)
     if config.recompute == "on":
         recompute_blocks(bank)  # after what it runs again is what it will be
-    trainer = Trainer(model, data.train.examples, recipe_of(config, config.micro_tokens))
+    trainer = Trainer(model, data.train.examples, recipe_of(config, hf_model, config.micro_tokens))
     return config, trainer, LookPlan.of(config, data, trainer)
 
 
@@ -192,7 +192,7 @@ def prepare(
     )
 
 
-def recipe_of(config: RunConfig, micro_tokens: int) -> Recipe:
+def recipe_of(config: RunConfig, model: PreTrainedModel, micro_tokens: int) -> Recipe:
     """How the configuration wants the steps to be taken."""
     return Recipe(
         epochs=config.epochs,
@@ -205,6 +205,7 @@ def recipe_of(config: RunConfig, micro_tokens: int) -> Recipe:
         clip=config.clip,
         seed=config.seed,
         graphs=config.cuda_graphs == "on",
+        longer=measures_longer(model, micro_tokens),
     )
 
 

@@ -8,16 +8,17 @@ T_B = A V q, where q = s/√(S s'). With G the gradient of ΔW, ∂L/∂A = s B�
 Adam's mean is a sum of gradients and turns with them; its square turns with the squared entries of the map, as if the
 gradients of different rows were uncorrelated. So nothing has to warm up again (docs/selection.md).
 
-Shapes: K candidates, R and r a layer's ranks before and after, D its width.
+Shapes: K candidates, L layers of one shape, R and r a layer's ranks before and after, D its width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from rankrace.bank.candidates import Candidates
-from rankrace.bank.spectrum import Spectrum
+from rankrace.bank.spectrum import Spectrum, alike
+from rankrace.bank.threads import one_thread
 
 Moments = dict[str, Tensor]
 """Name, as in `Candidates.tensors`, → [K, …]."""
@@ -34,26 +35,38 @@ def carried(
         after: `before.truncations(k, …)`.
         mean, square: of `before`.
     """
-    new_mean = {name: torch.zeros_like(t) for name, t in after.tensors().items()}
-    new_square = {name: torch.zeros_like(t) for name, t in after.tensors().items()}
-    s = before.multipliers[k]
-    for layer, (A_KRD, B_KDR) in before.factors.items():
-        R = before.ranks_in(layer)[k]
-        spectrum, S_R = whole[layer], whole[layer].S_R
-        UB_RR = spectrum.U(len(S_R)).T @ B_KDR[k, :, :R].double()
-        AV_RR = A_KRD[k, :R].double() @ spectrum.V(len(S_R))
-        for j, (r, new_s) in enumerate(zip(after.ranks_in(layer), after.multipliers, strict=True)):
-            # A direction without weight keeps nothing.
-            q_r = torch.where(S_R[:r] > 0, s / (S_R[:r] * new_s).sqrt(), 0.0)
-            to_A_rR, to_B_Rr = new_s / s * (AV_RR[:, :r] * q_r).T, new_s / s * (q_r[:, None] * UB_RR[:r]).T
-            for old, new, left, right in (
-                (mean, new_mean, to_A_rR, to_B_Rr),
-                (square, new_square, to_A_rR.square(), to_B_Rr.square()),
-            ):
-                new[f"{layer}.A"][j, :r] = (left @ old[f"{layer}.A"][k, :R].double()).to(A_KRD.dtype)
-                new[f"{layer}.B"][j, :, :r] = (old[f"{layer}.B"][k, :, :R].double() @ right).to(A_KRD.dtype)
+    new_mean, new_square = Moments(), Moments()
+    s, factors = before.multipliers[k], before.tensors()
+    ranks = {n: (before.ranks_in(n)[k], after.ranks_in(n)) for n in before.factors}
+    with one_thread():
+        for names in alike({n: (ranks[n], *pair) for n, pair in before.factors.items()}):
+            R, cuts = ranks[names[0]]
+            A_LRD, B_LDR = stacked(factors, names, k, R)
+            spectra = [whole[n] for n in names]
+            S_LR = torch.stack([one.S_R for one in spectra])
+            UB_LRR = torch.stack([one.to_U_RR for one in spectra]).mT @ (B_LDR.mT @ B_LDR)
+            AV_LRR = (A_LRD @ A_LRD.mT) @ torch.stack([one.to_V_RR for one in spectra])
+            olds = [stacked(moment, names, k, R) for moment in (mean, square)]
+            news = [[x.new_zeros(len(names), *x.shape) for x in after.factors[names[0]]] for _ in olds]
+            for j, (r, new_s) in enumerate(zip(cuts, after.multipliers, strict=True)):
+                # A direction without weight keeps nothing.
+                q_Lr = torch.where(S_LR[:, :r] > 0, s / (S_LR[:, :r] * new_s).sqrt(), 0.0)
+                to_A_LrR = new_s / s * (AV_LRR[:, :, :r] * q_Lr[:, None]).mT
+                to_B_LRr = new_s / s * (q_Lr[:, :, None] * UB_LRR[:, :r]).mT
+                for power, (old_A, old_B), (new_A, new_B) in zip((1, 2), olds, news, strict=True):
+                    new_A[:, j, :r] = to_A_LrR**power @ old_A
+                    new_B[:, j, :, :r] = old_B @ to_B_LRr**power
+            for new, (A_LKRD, B_LKDR) in zip((new_mean, new_square), news, strict=True):
+                new |= {f"{n}.A": A_KRD for n, A_KRD in zip(names, A_LKRD, strict=True)}
+                new |= {f"{n}.B": B_KDR for n, B_KDR in zip(names, B_LKDR, strict=True)}
     for head, parameters in after.heads.items():
-        for i in range(len(parameters)):
-            name = f"{head}.{i}"
-            new_mean[name][:], new_square[name][:] = mean[name][k], square[name][k]
+        for name in (f"{head}.{i}" for i in range(len(parameters))):
+            for new, old in ((new_mean, mean), (new_square, square)):
+                new[name] = old[name][[k] * len(after.ranks)]
     return new_mean, new_square
+
+
+def stacked(tensors: Mapping[str, Tensor], names: Sequence[str], k: int, R: int) -> tuple[Tensor, Tensor]:
+    """Of candidate k in these layers, in float64: [L, R, D_in] and [L, D_out, R]."""
+    A_LRD = torch.stack([tensors[f"{n}.A"][k, :R] for n in names])
+    return A_LRD.double(), torch.stack([tensors[f"{n}.B"][k, :, :R] for n in names]).double()

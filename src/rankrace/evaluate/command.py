@@ -100,7 +100,7 @@ def evaluate(
     packed = PackedModel(base, Parameters(base, {}), kind)
     if rows:
         packed.verify_on(encode_all(task_examples(chosen, rows[:VERIFIED], kind), encoder).examples)
-    trainer = Trainer(packed, [], recipe_of(config, MICRO_TOKENS))
+    trainer = Trainer(packed, [], recipe_of(config, base, MICRO_TOKENS))
     predictions = predict(trainer, encoder, tokenizer, chosen, rows, generated=generated)
     without = None
     if with_base:

@@ -33,7 +33,7 @@ class Untrained:
     def __init__(self, config: RunConfig, data: Data, model: PreTrainedModel, task: Task) -> None:
         packed = PackedModel(model, Parameters(model, {}), task)
         packed.verify_on(data.train.examples)
-        recipe = recipe_of(config, config.micro_tokens or default_micro_tokens(model))
+        recipe = recipe_of(config, model, config.micro_tokens or default_micro_tokens(model))
         self.trainer = Trainer(packed, data.train.examples, recipe)
 
     def run(self) -> Iterator[Tensor]:

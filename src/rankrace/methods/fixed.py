@@ -51,7 +51,7 @@ class Fixed:
         if graphs == "on":
             refuse_capture(trained.model, int(data.train.lengths.max()))
         micro_tokens = config.micro_tokens or default_micro_tokens(trained.model, graphs)
-        self.trainer = Trainer(model, data.train.examples, recipe_of(config, micro_tokens))
+        self.trainer = Trainer(model, data.train.examples, recipe_of(config, trained.model, micro_tokens))
         self.trainer.begin([config.lr])
         self.trainer.optimizer = optimizer(self.trainer.optimizer, self.trainer)
         self.rank, self.delivered, self.validation = rank, delivered, data.validation.examples

@@ -287,5 +287,4 @@ class Search:
         return [Trial(rank=r, loss_N=x, source=source) for r, x in zip(ranks, loss_KN, strict=True)]
 
     def finite(self, index: int) -> bool:
-        factors = self.trainer.bank.candidates.factors.values()
-        return all(bool(A[index].isfinite().all() & B[index].isfinite().all()) for A, B in factors)
+        return bool(self.trainer.bank.values.all_KP[index].isfinite().all())

@@ -59,6 +59,13 @@ class Recipe:
     seed: int
     graphs: bool = False
     """Replay training passes as CUDA graphs."""
+    longer: float = 1.0
+    """So many times the tokens of a pass that trains may one have that measures: it keeps nothing for a backward."""
+
+    @property
+    def measuring_tokens(self) -> int:
+        """Of a pass that measures, over all candidates in it."""
+        return round(self.longer * self.micro_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +94,8 @@ class PackedSet:
     """N examples as packed rows on the device, with M targets in all."""
 
     examples: Sequence[Encoded]
-    micro_tokens: int
-    """The budget of a row."""
+    budget: int
+    """Tokens of a row, at most."""
     rows: tuple[Packed, ...]
     example_M: np.ndarray
     """The example of each target, row after row."""
@@ -253,25 +260,21 @@ class Trainer(Generic[B]):
         share = sent(torch.tensor(1 / supervised, dtype=self.bank.dtype), self.bank.device)
         loss_K = torch.zeros(K, device=self.bank.device, dtype=self.bank.dtype)
         for micro, row in enumerate(rows):
-            for active in self.groups(self.passes.tokens(row), K):
+            for active in groups(self.passes.tokens(row), K, self.recipe.micro_tokens):
                 self._running = Running(row.size, active.stop - active.start)
                 with self.bank.training(self.step, micro):
                     loss_K[active] += self.passes.run(row, active, share)
         return loss_K
 
-    def groups(self, tokens: int, K: int) -> list[slice]:
-        """As `passes.groups`, within the recipe's budget."""
-        return groups(tokens, K, self.recipe.micro_tokens)
-
     def abreast(self, tokens: int, K: int) -> int:
-        """As `passes.abreast`, within the recipe's budget."""
+        """As `passes.abreast`, of a pass that trains."""
         return abreast(tokens, K, self.recipe.micro_tokens)
 
     def abreast_on(self, examples: Sequence[Encoded], K: int) -> int:
         """How many of K candidates are measured side by side on these examples."""
-        lengths = [len(e) for e in examples]
-        rows = validation_batches(lengths, self.recipe.micro_tokens)
-        return self.abreast(max(sum(lengths[i] for i in row) for row in rows), K)
+        lengths, budget = [len(e) for e in examples], self.recipe.measuring_tokens
+        rows = validation_batches(lengths, budget)
+        return abreast(max(sum(lengths[i] for i in row) for row in rows), K, budget)
 
     def batch(self, step: int) -> Batch:
         epoch, index = divmod(step, self.per_epoch)
@@ -327,7 +330,12 @@ class Trainer(Generic[B]):
                 fix="--recompute on, a lower --max-length, a smaller model, or a device with more memory",
             )
         budget = min(tokens // 2, self.recipe.micro_tokens)
-        self.limit(budget)
+        if self.recipe.longer > 1 and tokens > self.recipe.micro_tokens:
+            # It measured, and was longer than what has trained by now.
+            budget = self.recipe.micro_tokens
+            self.recipe = replace(self.recipe, longer=1.0)
+        else:
+            self.limit(budget)
         self.bank.refresh()
         free_caches()
         self.notes.append(
@@ -399,7 +407,7 @@ class Trainer(Generic[B]):
         losses, wrongs = [torch.zeros(K, 0)], [torch.zeros(K, 0, dtype=torch.bool)]
         for row in held_out.rows:
             tokens = []
-            for active in self.groups(row.size.tokens, K):
+            for active in groups(row.size.tokens, K, self.recipe.measuring_tokens):
                 self._running = Running(row.size, active.stop - active.start)
                 with self.bank.only(active):
                     tokens.append(self.model.losses(row))
@@ -415,12 +423,12 @@ class Trainer(Generic[B]):
 
     def packed_once(self, examples: Sequence[Encoded]) -> "PackedSet":
         """The examples as rows on the device; the last ones asked for are kept, since looks ask for the same."""
-        budget, packed = self.recipe.micro_tokens, self._packed
-        if packed is None or packed.examples is not examples or packed.micro_tokens != budget:
+        budget, packed = self.recipe.measuring_tokens, self._packed
+        if packed is None or packed.examples is not examples or packed.budget != budget:
             rows = [self.model.pack(examples, row) for row in validation_batches([len(e) for e in examples], budget)]
             packed = self._packed = PackedSet(
                 examples=examples,
-                micro_tokens=budget,
+                budget=budget,
                 rows=tuple(row.to(self.bank.device) for row in rows),
                 example_M=np.concatenate([np.zeros(0, np.int64), *(row.examples_of_targets for row in rows)]),
             )

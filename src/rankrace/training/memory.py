@@ -174,6 +174,14 @@ class Plane:
             target=self.target + other.target,
         )
 
+    def times(self, longer: float) -> "Plane":
+        return Plane(
+            fixed=longer * self.fixed,
+            token=longer * self.token,
+            cell=longer * self.cell,
+            target=longer * self.target,
+        )
+
     def each(self, padding: float) -> float:
         """Of a token that is a target too, with so many cells."""
         return self.token + padding * self.cell + self.target
@@ -222,10 +230,10 @@ class PassCost:
     def logits(self, size: Size, K: int) -> float:
         return self.target * min(K * size.targets, self.chunk)
 
-    @property
-    def apart(self) -> "PassCost":
-        """Of a pass whose memory a CUDA graph keeps: one as long that measures has to fit beside it."""
-        look = self.measuring.plus(Plane(fixed=self.target * self.chunk, token=0.0, cell=0.0))
+    def apart(self, longer: float) -> "PassCost":
+        """Of a pass whose memory a CUDA graph keeps: one that measures, so much longer, has to fit beside it."""
+        logits = Plane(fixed=self.measuring.fixed + self.target * self.chunk, token=0.0, cell=0.0)
+        look = logits.plus(replace(self.measuring, fixed=0.0).times(longer))
         return replace(self, kept=self.kept.plus(look), backward=self.backward.plus(look))
 
     def tokens_in(self, room: float, padding: float) -> int:
