@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from examples import examples
-from rankrace.plan import LookPlan
-from rankrace.session import divide
+from rankrace.plan import LOOK_ENOUGH, LookPlan
+from rankrace.session import DOCUMENTS_LEAST, FRESH_LEAST, divide
 
 PLAN = LookPlan(fractions=(0.2,), most=2, looked=1000, fresh=1000)
 DOCUMENT = 3
@@ -46,26 +46,42 @@ def test_too_few_to_halve_is_said() -> None:
     assert "optimistic" in notes[0]
 
 
-@pytest.mark.parametrize(("large", "rest"), [(60, 0), (55, 5)])
-def test_one_document_that_holds_too_much_is_said(large: int, rest: int) -> None:
-    """Whichever document comes first."""
-    rows = [replace(e, group=0 if e.row < large else e.row) for e in examples(large + rest)]
-    for seed in range(8):
-        looked, fresh, notes = divide(rows, PLAN, seed=seed)
-        assert looked == fresh == rows
-        assert f"is not halved: documents stay whole, and {large} of its 60 examples are of one." in notes[0]
-        assert "too small" not in notes[0]
-        assert "optimistic" in notes[0]
+def test_examples_come_from_as_many_documents_as_there_are() -> None:
+    """An error grows with what one document's examples share: 12 of 12 documents say more than 12 of 2."""
+    rows = [replace(e, group=e.row // 10) for e in examples(240)]
+    looked, fresh, notes = divide(rows, replace(PLAN, looked=12, fresh=30), seed=0)
+    assert (len(looked), len(fresh), notes) == (12, 30, [])
+    assert len({e.group for e in looked}) == 12
+    assert len({e.group for e in fresh}) == 12
+    assert not {e.group for e in looked} & {e.group for e in fresh}
 
 
-@pytest.mark.parametrize(("documents", "halved"), [(2, False), (3, False), (4, True)])
-def test_no_half_is_of_one_document(documents: int, halved: bool) -> None:
-    """It would have no error, though there are documents enough for one."""
+@pytest.mark.parametrize("documents", [1, 2, 4, 9])
+def test_few_documents_are_on_both_sides_and_their_examples_on_one(documents: int) -> None:
+    """Whole ones would leave too few for an error; all of them for both would make the last figure optimistic."""
     rows = [replace(e, group=e.row % documents) for e in examples(60)]
     looked, fresh, notes = divide(rows, PLAN, seed=0)
-    if halved:
-        assert min(len({e.group for e in half}) for half in (looked, fresh)) == 2
-        assert notes == []
-    else:
-        assert looked == fresh == rows
-        assert f"documents stay whole, and no error is known from one; it has {documents}." in notes[0]
+    assert min(len(looked), len(fresh)) >= 29
+    assert not {e.row for e in looked} & {e.row for e in fresh}
+    assert len({e.group for e in looked}) == len({e.group for e in fresh}) == documents
+    assert f"is of {documents} document{'s' * (documents > 1)}, too few to halve" in notes[0]
+    assert "optimistic" not in notes[0]
+
+
+def test_few_large_documents_are_measured_well_each() -> None:
+    """Their means are what an error is estimated from."""
+    rows = [replace(e, group=e.row % 2) for e in examples(600)]
+    looked, fresh, _ = divide(rows, replace(PLAN, looked=64, fresh=64), seed=0)
+    assert [sum(e.group == g for e in looked) for g in (0, 1)] == [LOOK_ENOUGH] * 2
+    assert len(fresh) == 2 * LOOK_ENOUGH
+    assert not {e.row for e in looked} & {e.row for e in fresh}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_document_that_holds_nearly_all(seed: int) -> None:
+    """Whichever comes first: neither half is of it alone, or has too few examples."""
+    rows = [replace(e, group=0 if e.row < 50 else e.row) for e in examples(60)]
+    looked, fresh, _ = divide(rows, PLAN, seed=seed)
+    assert min(len(looked), len(fresh)) >= FRESH_LEAST
+    assert min(len({e.group for e in half}) for half in (looked, fresh)) >= DOCUMENTS_LEAST
+    assert not {e.row for e in looked} & {e.row for e in fresh}

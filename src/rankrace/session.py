@@ -6,6 +6,7 @@ Shapes: N held-out examples.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.device import wait_for
 from rankrace.errors import RankraceError
-from rankrace.plan import LookPlan, measures_longer, resolved
+from rankrace.plan import LOOK_ENOUGH, LookPlan, measures_longer, resolved
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.ending import Ending, end
 from rankrace.select.learning_rate import lr_for, multiplier
 from rankrace.select.objective import Held, linear_penalty
 from rankrace.select.search import Search, SearchState, Setting
+from rankrace.select.statistics import LEAST_CLUSTERS
 from rankrace.training.compiled import compile_blocks
 from rankrace.training.loop import Measured, Recipe, Trainer
 from rankrace.training.model import PackedModel
@@ -34,6 +36,8 @@ from rankrace.words import counted
 
 FRESH_LEAST = 10
 """With fewer examples than this in either half, validation is not halved."""
+DOCUMENTS_LEAST = 5
+"""In either half; with fewer, Student's t is above 2.8 and an error says little."""
 
 QUANTIZED: dict[str, list[str]] = {
     kind: [
@@ -210,38 +214,52 @@ def recipe_of(config: RunConfig, model: PreTrainedModel, micro_tokens: int) -> R
 
 
 def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list[Encoded], list[Encoded], list[str]]:
-    """Validation → examples that choose, and fresh ones that only report. Whole documents on either side.
+    """Validation → examples that choose, and fresh ones that only report; each spread over many documents.
 
     Returns:
-        Both; where either half would have fewer than FRESH_LEAST, or be of one document, all the examples twice, and
-        a note of why.
+        Both, and notes. Whole documents are on either side where there are DOCUMENTS_LEAST for each; of fewer, each
+        gives some examples to either side. Where either half would have fewer than FRESH_LEAST examples, it is all of
+        them twice.
     """
-    groups = np.unique([e.group for e in examples])
-    order = np.random.Generator(np.random.Philox(seed)).permutation(groups)
-    members: dict[int, list[Encoded]] = {g: [] for g in groups}
+    members: dict[int, list[Encoded]] = {}
     for e in examples:
-        members[e.group].append(e)
-    looked: list[Encoded] = []
-    fresh: list[Encoded] = []
-    for g in order:
-        if len(looked) < min(plan.looked, len(examples) // 2):
-            looked += members[g]
-        elif len(fresh) < plan.fresh:
-            fresh += members[g]
-    documents = min(len({e.group for e in half}) for half in (looked, fresh))
-    if min(len(looked), len(fresh)) >= FRESH_LEAST and documents > 1:
-        return looked, fresh, []
-    if len(examples) < 2 * FRESH_LEAST:
-        why = f"is too small to halve: it has {counted(len(examples), 'example')}"
-    elif len(groups) in (2, 3):
-        why = f"is not halved: documents stay whole, and no error is known from one; it has {len(groups)}"
-    else:
-        largest = max(map(len, members.values()))
-        why = f"is not halved: documents stay whole, and {largest} of its {len(examples)} examples are of one"
-    return list(examples), list(examples), [
-        f"The validation set {why}. Each look measures all of them, and so does the final loss: on the examples that "
-        "chose the rank it is optimistic."
-    ]  # fmt: skip
+        members.setdefault(e.group, []).append(e)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(sorted(members))
+    documents = [members[g] for g in order]
+    looked = min(plan.looked, len(examples) // 2)
+    if len(documents) >= 2 * DOCUMENTS_LEAST:
+        first = documents_for(documents[:-DOCUMENTS_LEAST], looked, len(documents) // 2)
+        rest = documents[first:]
+        rest = rest[: documents_for(rest, plan.fresh, len(rest))]
+        halves = spread(documents[:first], looked), spread(rest, plan.fresh)
+        if min(map(len, halves)) >= FRESH_LEAST:
+            return halves[0], halves[1], []
+    if len(examples) >= 2 * FRESH_LEAST:
+        # An error comes from the means of these documents: few, so each is to be good.
+        each = LOOK_ENOUGH * len(documents)
+        odd, even = ([d[(i + side) % 2 :: 2] for i, d in enumerate(documents)] for side in range(2))
+        note = (
+            f"The validation set is of {counted(len(documents), 'document')}, too few to halve, or too uneven: the "
+            "examples that report are others than those that chose the rank, but of the same ones."
+        )
+        return spread(odd, max(looked, each)), spread(even, max(plan.fresh, each)), [note]
+    note = (
+        f"The validation set is too small to halve: it has {counted(len(examples), 'example')}. Each look measures "
+        "all of them, and so does the final loss: on the examples that chose the rank it is optimistic."
+    )
+    return list(examples), list(examples), [note]
+
+
+def documents_for(documents: Sequence[Sequence[Encoded]], examples: int, most: int) -> int:
+    """How many of them hold so many examples, if all do; but LEAST_CLUSTERS, or `most`, for an error's sake."""
+    held = np.cumsum([len(d) for d in documents])
+    return max(min(len(documents), int(np.searchsorted(held, examples)) + 1), min(LEAST_CLUSTERS, most))
+
+
+def spread(documents: Sequence[Sequence[Encoded]], examples: int) -> list[Encoded]:
+    """So many, the first of each document before the second of any."""
+    turns = zip_longest(*documents)
+    return [e for turn in turns for e in turn if e is not None][:examples]
 
 
 def chosen_device(name: str) -> torch.device:
