@@ -36,28 +36,6 @@ def test_the_mean_turns_with_the_gradient() -> None:
         assert all((t >= 0).all() for t in square.values())
 
 
-def test_layers_of_ranks_of_their_own_are_carried_each_by_itself() -> None:
-    """Those of one shape are turned together, but only if their ranks are alike too; a layer of none has nothing."""
-    bank = Bank(tiny("llama").double())
-    bank.start((8,), (2.0,))
-    for layer in bank.layers.values():
-        layer.B_KDR.data.normal_()
-    before = bank.candidates
-    whole = before.spectra(0)
-    allocation = {name: i % 4 for i, name in enumerate(before.factors)}
-    after = before.truncations(0, (2,), (3.0,), whole, [allocation])
-    ones = {n: torch.ones_like(t) for n, t in before.tensors().items()}
-    mean, square = carried(before, 0, whole, after, ones, ones)
-    for r in set(allocation.values()):
-        uniform = before.truncations(0, (r,), (3.0,), whole)
-        of_all = carried(before, 0, whole, uniform, ones, ones)
-        for name in (n for n, own in allocation.items() if own == r):
-            for found, wanted in zip((mean, square), of_all, strict=True):
-                for ab in "AB":
-                    torch.testing.assert_close(found[f"{name}.{ab}"], wanted[f"{name}.{ab}"], rtol=1e-9, atol=1e-12)
-            assert mean[f"{name}.A"].any() == (r > 0)
-
-
 def test_a_direction_without_weight_carries_nothing() -> None:
     bank = Bank(tiny("llama").double())
     bank.start((4,), (2.0,))  # B = 0: every singular value is 0

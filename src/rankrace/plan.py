@@ -206,7 +206,7 @@ def worthwhile_tokens(shape: PreTrainedConfig, way: Way) -> int:
 
 def graph_tokens(shape: PreTrainedConfig, cost: PassCost, ample: float, padding: float) -> int:
     """The same of a CUDA graph, of more tokens where passes may take so many bytes."""
-    return max(worthwhile_tokens(shape, GRAPHS), min(AMPLE_TOKENS, cost.tokens_in(ample, padding)))
+    return max(worthwhile_tokens(shape, GRAPHS), min(AMPLE_TOKENS, cost.tokens_in(ample, padding) // 512 * 512))
 
 
 def launched_tokens(shape: PreTrainedConfig, way: Way) -> float:
