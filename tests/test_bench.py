@@ -816,6 +816,28 @@ def test_the_forms_of_a_table() -> None:
         assert found["full"] == (of(full), mean)
 
 
+def test_names_in_a_figure_cover_no_other_name_and_no_point() -> None:
+    close = [
+        (100.0, 100.0, "lora-r16"),
+        (104.0, 103.0, "rslora-r16"),
+        (98.0, 110.0, "shrink"),
+        (300.0, 100.0, "full"),
+    ]
+    found = render.places(close, font=12.0)
+    assert found[3] == render.PLACES[0], "one that is alone stands where it always would"
+    assert len(set(found[:3])) == 3
+
+    def box(x: float, y: float, name: str, right: int, up: int, end: str) -> tuple[float, float, float, float]:
+        left = x + right - (0.58 * 12 * len(name) if end == "right" else 0)
+        return left, y + up, left + 0.58 * 12 * len(name), y + up + 12
+
+    boxes = [box(*point, *place) for point, place in zip(close, found, strict=True)]
+    assert not any(render.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    for i, name in enumerate(boxes):
+        others = [(x, y, x, y) for k, (x, y, _) in enumerate(close) if k != i]
+        assert not any(render.overlap(name, point) for point in others)
+
+
 def test_intervals_best_and_paired_ties() -> None:
     """100 rows: B misses one row that A has (a tie: se 1), C misses 20 of them. All seeds alike."""
     runs = [made("full", s, RIGHT) for s in (0, 1, 2)]

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from rankrace.bench.claims import OURS
 from rankrace.bench.table import Cell, Row, Table
-from rankrace.report.canvas import INK, RAMP, WIDE, canvas, to_svg
+from rankrace.report.canvas import ACCENT, INK, RAMP, WIDE, canvas, to_svg
 from rankrace.report.text import count, duration
 from rankrace.result import replace_text
 from rankrace.tasks import TASKS
@@ -159,13 +162,50 @@ def points_of(table: Table, cost: str) -> list[tuple[float, float, str]]:
     ]
 
 
+PLACES = ((5, 4, "left"), (5, -12, "left"), (-5, 4, "right"), (-5, -12, "right"))
+"""Where a name may stand: pixels from its point to the end that is nearer to it, and which end that is."""
+
+
 def figure(table: Table, cost: str) -> str:
-    """The points, each with its method's name."""
+    """The points, each with its method's name; rankrace's own in the accent's colour."""
     drawing, (axes,) = canvas(WIDE, f"Mean score over {', '.join(table.common) or 'no common task'}")
     points = points_of(table, cost)
-    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=RAMP[5], s=30, zorder=3)
-    for x, y, name in points:
-        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=WIDE.font)
+    colours = [ACCENT if name in OURS else RAMP[5] for _, _, name in points]
+    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=colours, s=30, zorder=3)
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters" if cost == "parameters" else "seconds of training, search included")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if cost == "parameters" else f"{x:g}"))
+    drawing.draw_without_rendering()  # or nothing is known of where in pixels points are
+    pixels = [axes.transData.transform((x, y)) * 72 / drawing.dpi for x, y, _ in points]
+    named = [(float(x), float(y), name) for (x, y), (_, _, name) in zip(pixels, points, strict=True)]
+    for (x, y, name), colour, (right, up, end) in zip(points, colours, places(named, WIDE.font), strict=True):
+        axes.annotate(
+            name, (x, y), xytext=(right, up), textcoords="offset points", ha=end, fontsize=WIDE.font,
+            color=ACCENT if colour == ACCENT else INK,
+        )  # fmt: skip
     return to_svg(drawing, f"quality-{cost}-wide", f"Mean score against {cost}, one point a method.")
+
+
+def places(points: list[tuple[float, float, str]], font: float) -> list[tuple[int, int, str]]:
+    """Of PLACES, for each point in pixels, the first where its name covers no other name and no other point."""
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y, _ in points]
+    chosen = []
+    for i, (x, y, name) in enumerate(points):
+        width = 0.58 * font * len(name)
+
+        def box(right: int, up: int, end: str, x: float = x, y: float = y, width: float = width):
+            left = x + right - (width if end == "right" else 0)
+            return left, y + up, left + width, y + up + font
+
+        others = [t for k, t in enumerate(taken) if k != i]
+        free = (p for p in PLACES if not any(overlap(box(*p), other) for other in others))
+        chosen.append(next(free, PLACES[0]))
+        taken.append(box(*chosen[-1]))
+    return chosen
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Of two boxes: left, lower, right, upper."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
