@@ -177,8 +177,20 @@ def test_longer_passes_that_measure_are_the_first_to_be_given_up(monkeypatch: py
     assert 100 < first <= 240
     assert max(others) <= 60
     assert np.abs(measured.loss_KN - expected.loss_KN).max() < 1e-9
-    assert (trainer.recipe.micro_tokens, trainer.recipe.measuring_tokens, trainer.backed_off) == (60, 60, None)
+    assert (trainer.recipe.micro_tokens, trainer.recipe.measuring_tokens) == (60, 60)
     assert trainer.notes[0].endswith("taken again, from now on with at most 60 tokens a pass.")
+    resumed = trainer_of(micro_tokens=60)
+    resumed.recipe = replace(resumed.recipe, longer=4.0)
+    resumed.restore(trainer.tensors(), trainer.state())
+    assert resumed.recipe.measuring_tokens == 60, "they would fail again"
+
+
+def test_a_pass_that_trains_takes_longer_ones_that_measure_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of()
+    trainer.recipe = replace(trainer.recipe, longer=4.0)
+    Small(monkeypatch, 45)
+    trained(trainer, until=1)
+    assert trainer.recipe.measuring_tokens == trainer.recipe.micro_tokens < 60
 
 
 def test_other_methods_back_off_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from examples import examples
 from models import tiny
 from rankrace.bank import Bank
 from rankrace.config import RunConfig
+from rankrace.data.encoded import EncodedSet
 from rankrace.data.pack import Size
 from rankrace.forecast import Memory, besides, measurements, remedy
 from rankrace.plan import (
@@ -37,6 +38,7 @@ from rankrace.plan import (
     way_of,
     worthwhile_tokens,
 )
+from rankrace.session import divide
 from rankrace.training.loop import Recipe, Trainer
 from rankrace.training.memory import Meter, PassCost, Plane, probe
 from rankrace.training.model import PackedModel
@@ -210,6 +212,7 @@ def test_looks_take_a_tenth_of_the_work(steps: int, strategy: Literal["shrink", 
 
             class validation:
                 lengths = torch.full((1000,), float(held_length)).numpy()
+                documents = 1000
 
         class Steps:
             total = per_epoch = steps
@@ -221,6 +224,18 @@ def test_looks_take_a_tenth_of_the_work(steps: int, strategy: Literal["shrink", 
         assert plan.looked >= LOOK_ENOUGH
         assert looks <= LOOK_SHARE * work or plan.looked == LOOK_ENOUGH
         assert plan.fresh * 2 * held_length <= FRESH_SHARE * work or plan.fresh == LOOK_ENOUGH
+
+
+@pytest.mark.parametrize(("documents", "looked"), [(2, 2 * LOOK_ENOUGH), (4, 200), (400, LOOK_ENOUGH)])
+def test_few_large_documents_are_measured_well_each(documents: int, looked: int) -> None:
+    """Their means are what an error is estimated from. Half of all there are at most."""
+    rows = [replace(e, group=e.row % documents) for e in examples(400)]
+    held = EncodedSet(examples=rows, truncated=0, dropped=0, supervised_tokens=1)
+    data = SimpleNamespace(train=held, validation=held)
+    plan = LookPlan.of(RunConfig(model="m", data="d"), data, SimpleNamespace(total=10, per_epoch=10))  # type: ignore[arg-type]
+    assert (plan.looked, plan.fresh) == (looked, looked)
+    chosen, fresh, _ = divide(rows, plan, seed=0)
+    assert (len(chosen), len(fresh)) == (looked, looked), "as planned"
 
 
 def test_plan_of_a_causal_run(smollm2: Path, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from examples import examples
-from rankrace.plan import LOOK_ENOUGH, LookPlan
-from rankrace.session import DOCUMENTS_LEAST, FRESH_LEAST, divide
+from rankrace.plan import DOCUMENTS_LEAST, LookPlan
+from rankrace.session import FRESH_LEAST, divide
 
 PLAN = LookPlan(fractions=(0.2,), most=2, looked=1000, fresh=1000)
 DOCUMENT = 3
@@ -68,13 +68,14 @@ def test_few_documents_are_on_both_sides_and_their_examples_on_one(documents: in
     assert "optimistic" not in notes[0]
 
 
-def test_few_large_documents_are_measured_well_each() -> None:
-    """Their means are what an error is estimated from."""
-    rows = [replace(e, group=e.row % 2) for e in examples(600)]
-    looked, fresh, _ = divide(rows, replace(PLAN, looked=64, fresh=64), seed=0)
-    assert [sum(e.group == g for e in looked) for g in (0, 1)] == [LOOK_ENOUGH] * 2
-    assert len(fresh) == 2 * LOOK_ENOUGH
-    assert not {e.row for e in looked} & {e.row for e in fresh}
+def test_neither_half_of_uneven_documents_is_too_small() -> None:
+    """Odd sizes do not add up on one side."""
+    sizes = (4, 1, 3, 3, 4, 1, 1, 2, 1)
+    groups = [g for g, size in enumerate(sizes) for _ in range(size)]
+    rows = [replace(e, group=g) for e, g in zip(examples(20), groups, strict=True)]
+    for seed in range(8):
+        looked, fresh, _ = divide(rows, PLAN, seed=seed)
+        assert len(looked) == len(fresh) == FRESH_LEAST
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -307,7 +307,7 @@ def plan(config: RunConfig) -> None:
     say("candidates", f"{len(f.ranks)} of rank {', '.join(map(str, f.ranks))}")
     looks = "1 look" if f.looks == 1 else f"at most {f.looks} looks"
     say("steps", f"{f.steps:,} of {f.step_tokens:,.0f} tokens, {looks}")
-    say("passes", f"at most {c.micro_tokens:,} tokens; the largest {T:,} × {K}; compile {c.compile}, "
+    say("passes", f"at most {c.micro_tokens:,} tokens in training; the largest {T:,} × {K}; compile {c.compile}, "
         f"CUDA graphs {c.cuda_graphs}, recompute {c.recompute}")  # fmt: skip
     say("memory", f"{size(m.base)}  {'process and base model' if c.device == 'cpu' else 'base model'}")
     for part, name in (

@@ -103,8 +103,9 @@ class RunConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Examples in one optimiser step."""
     micro_tokens: Annotated[int, Field(ge=1)] | None = None
-    """At most this many tokens in a pass, over all its candidates (no example is cut for it). Default: enough to fill
-    the device."""
+    """At most this many tokens in a pass that trains, over all its candidates (no example is cut for it); up to four
+    times as many in one that measures a small model on a GPU, which keeps little. Default: enough to fill the
+    device."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning-rate decay after the warm-up, to zero at the end."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03

@@ -32,6 +32,8 @@ DEAR = 2.0
 """Times that share, from which it is said."""
 LOOK_ENOUGH = 64
 """Examples that a look measures at least, if there are as many; a short training gets fewer looks instead."""
+DOCUMENTS_LEAST = 5
+"""In either half of the held-out examples; of fewer, Student's t is above 2.8 and an error says little."""
 HOST_TOKENS = 4096
 """Of a pass on a CPU: longer ones are not faster there."""
 LEAST_TOKENS, MOST_TOKENS = 512, 32768
@@ -166,8 +168,10 @@ class Fitting:
         recompute, cost = probed(config, data, packed, room)
         shape, padding = shape_of(packed.model), padding_of(data)
         plain = pass_tokens(worthwhile_tokens(shape, way_of(compiled, "off")), cost, room, padding)
-        apart = cost.apart(measures_longer(packed.model, plain))
-        with_graphs = pass_tokens(graph_tokens(shape, apart, ample, padding), apart, room, padding)
+        with_graphs = plain
+        for _ in range(2):  # how much longer those are that measure hangs on how long these are
+            apart = cost.apart(measures_longer(packed.model, with_graphs))
+            with_graphs = pass_tokens(graph_tokens(shape, apart, ample, padding), apart, room, padding)
         return Fitting(plain=chosen or plain, with_graphs=chosen or with_graphs, recompute=recompute)
 
 
@@ -316,7 +320,8 @@ class LookPlan:
 
     @staticmethod
     def of(config: RunConfig, data: Data, trainer: Trainer) -> "LookPlan":
-        """As many looks as LOOK_SHARE of the training's work pays for at LOOK_ENOUGH examples each.
+        """As many looks as LOOK_SHARE of the training's work pays for at LOOK_ENOUGH examples each; or at so many of
+        each document, or half of all there are, where documents are few: an error comes from their means.
 
         Training costs a token two forwards (LoRA needs no gradient of the frozen weights), measuring one.
         """
@@ -330,11 +335,14 @@ class LookPlan:
         later = int(config.strategy != "grid")  # the look at LATER, if ranks cannot be told apart before
         measured = [ranks_measured(config, len(plan) + later) for plan in plans]
         affordable = [int(LOOK_SHARE * training / ranks) for ranks in measured]
-        chosen = next((i for i, looked in enumerate(affordable) if looked >= LOOK_ENOUGH), len(plans) - 1)
+        least = LOOK_ENOUGH
+        if (documents := data.validation.documents) < 2 * DOCUMENTS_LEAST:
+            least = max(least, min(len(data.validation) // 2, documents * LOOK_ENOUGH))
+        chosen = next((i for i, looked in enumerate(affordable) if looked >= least), len(plans) - 1)
         return LookPlan(
             fractions=plans[chosen],
             most=len(plans[chosen]) + later + opens(config),
-            looked=max(affordable[chosen], LOOK_ENOUGH),
-            fresh=max(int(FRESH_SHARE * training / 2), LOOK_ENOUGH),
+            looked=max(affordable[chosen], least),
+            fresh=max(int(FRESH_SHARE * training / 2), least),
             example_share=measured[chosen] / training,
         )

@@ -21,7 +21,7 @@ from rankrace.data import Data
 from rankrace.data.encoded import Encoded, Task
 from rankrace.device import wait_for
 from rankrace.errors import RankraceError
-from rankrace.plan import LOOK_ENOUGH, LookPlan, measures_longer, resolved
+from rankrace.plan import DOCUMENTS_LEAST, LookPlan, measures_longer, resolved
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.ending import Ending, end
 from rankrace.select.learning_rate import lr_for, multiplier
@@ -36,8 +36,6 @@ from rankrace.words import counted
 
 FRESH_LEAST = 10
 """With fewer examples than this in either half, validation is not halved."""
-DOCUMENTS_LEAST = 5
-"""In either half; with fewer, Student's t is above 2.8 and an error says little."""
 
 QUANTIZED: dict[str, list[str]] = {
     kind: [
@@ -228,21 +226,21 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
     documents = [members[g] for g in order]
     looked = min(plan.looked, len(examples) // 2)
     if len(documents) >= 2 * DOCUMENTS_LEAST:
-        first = documents_for(documents[:-DOCUMENTS_LEAST], looked, len(documents) // 2)
+        most = min(LEAST_CLUSTERS, len(documents) // 2)
+        first = documents_for(documents[:-DOCUMENTS_LEAST], looked, least=most)
         rest = documents[first:]
-        rest = rest[: documents_for(rest, plan.fresh, len(rest))]
+        rest = rest[: documents_for(rest, plan.fresh, least=LEAST_CLUSTERS)]
         halves = spread(documents[:first], looked), spread(rest, plan.fresh)
         if min(map(len, halves)) >= FRESH_LEAST:
             return halves[0], halves[1], []
     if len(examples) >= 2 * FRESH_LEAST:
-        # An error comes from the means of these documents: few, so each is to be good.
-        each = LOOK_ENOUGH * len(documents)
-        odd, even = ([d[(i + side) % 2 :: 2] for i, d in enumerate(documents)] for side in range(2))
+        begins = np.cumsum([0, *map(len, documents)])
+        one, other = ([d[(b + side) % 2 :: 2] for b, d in zip(begins, documents, strict=False)] for side in range(2))
         note = (
             f"The validation set is of {counted(len(documents), 'document')}, too few to halve, or too uneven: the "
             "examples that report are others than those that chose the rank, but of the same ones."
         )
-        return spread(odd, max(looked, each)), spread(even, max(plan.fresh, each)), [note]
+        return spread(one, looked), spread(other, plan.fresh), [note]
     note = (
         f"The validation set is too small to halve: it has {counted(len(examples), 'example')}. Each look measures "
         "all of them, and so does the final loss: on the examples that chose the rank it is optimistic."
@@ -250,10 +248,10 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
     return list(examples), list(examples), [note]
 
 
-def documents_for(documents: Sequence[Sequence[Encoded]], examples: int, most: int) -> int:
-    """How many of them hold so many examples, if all do; but LEAST_CLUSTERS, or `most`, for an error's sake."""
+def documents_for(documents: Sequence[Sequence[Encoded]], examples: int, *, least: int) -> int:
+    """How many of them hold so many examples; not fewer than `least`, for an error's sake; or all."""
     held = np.cumsum([len(d) for d in documents])
-    return max(min(len(documents), int(np.searchsorted(held, examples)) + 1), min(LEAST_CLUSTERS, most))
+    return min(len(documents), max(int(np.searchsorted(held, examples)) + 1, least))
 
 
 def spread(documents: Sequence[Sequence[Encoded]], examples: int) -> list[Encoded]:

@@ -47,6 +47,11 @@ class EncodedSet:
         return len(self.examples)
 
     @property
+    def documents(self) -> int:
+        """Groups of examples that belong together."""
+        return len({example.group for example in self.examples})
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64."""
         return np.array([len(example) for example in self.examples], dtype=np.int64)

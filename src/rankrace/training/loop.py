@@ -51,7 +51,8 @@ class Recipe:
     max_steps: int | None
     batch_size: int
     micro_tokens: int
-    """Tokens of one pass, over all candidates in it; a single longer example still makes a pass of its own."""
+    """Tokens of one pass that trains, over all candidates in it; a single longer example still makes a pass of its
+    own."""
     schedule: Literal["linear", "cosine", "constant"]
     warmup: float
     weight_decay: float
@@ -329,13 +330,9 @@ class Trainer(Generic[B]):
                 why="one example with one candidate is the smallest pass there is",
                 fix="--recompute on, a lower --max-length, a smaller model, or a device with more memory",
             )
-        budget = min(tokens // 2, self.recipe.micro_tokens)
-        if self.recipe.longer > 1 and tokens > self.recipe.micro_tokens:
-            # It measured, and was longer than what has trained by now.
-            budget = self.recipe.micro_tokens
-            self.recipe = replace(self.recipe, longer=1.0)
-        else:
-            self.limit(budget)
+        longer = failed.measures and tokens > self.recipe.micro_tokens  # than any that trains, and for speed alone
+        budget = self.recipe.micro_tokens if longer else min(tokens // 2, self.recipe.micro_tokens)
+        self.limit(budget)
         self.bank.refresh()
         free_caches()
         self.notes.append(
@@ -344,10 +341,11 @@ class Trainer(Generic[B]):
         )
 
     def limit(self, budget: int) -> None:
-        """Passes of at most so many tokens from now on, for want of memory."""
-        self.backed_off = budget
-        self.recipe = replace(self.recipe, micro_tokens=budget)
-        self.begin_passes()
+        """Passes of at most so many tokens from now on, those that measure too, for want of memory."""
+        self.backed_off, before = budget, self.recipe.micro_tokens
+        self.recipe = replace(self.recipe, micro_tokens=budget, longer=1.0)
+        if budget != before:
+            self.begin_passes()
 
     # --- checkpoints
 
@@ -374,7 +372,7 @@ class Trainer(Generic[B]):
         checkpoints hold no notes, and some nothing of an average.
         """
         budget = state.get("backed_off")
-        if budget is not None and budget < self.recipe.micro_tokens:
+        if budget is not None and budget <= self.recipe.micro_tokens:
             self.limit(budget)
         moments = {n.removeprefix(OPTIMIZER): x for n, x in tensors.items() if n.startswith(OPTIMIZER)}
         self.optimizer.load_state(moments)
@@ -408,7 +406,7 @@ class Trainer(Generic[B]):
         for row in held_out.rows:
             tokens = []
             for active in groups(row.size.tokens, K, self.recipe.measuring_tokens):
-                self._running = Running(row.size, active.stop - active.start)
+                self._running = Running(row.size, active.stop - active.start, measures=True)
                 with self.bank.only(active):
                     tokens.append(self.model.losses(row))
             losses.append(torch.cat([t.loss_KS for t in tokens]))

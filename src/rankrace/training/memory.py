@@ -232,8 +232,7 @@ class PassCost:
 
     def apart(self, longer: float) -> "PassCost":
         """Of a pass whose memory a CUDA graph keeps: one that measures, so much longer, has to fit beside it."""
-        logits = Plane(fixed=self.measuring.fixed + self.target * self.chunk, token=0.0, cell=0.0)
-        look = logits.plus(replace(self.measuring, fixed=0.0).times(longer))
+        look = self.measuring.times(longer).plus(Plane(fixed=self.target * self.chunk, token=0.0, cell=0.0))
         return replace(self, kept=self.kept.plus(look), backward=self.backward.plus(look))
 
     def tokens_in(self, room: float, padding: float) -> int:

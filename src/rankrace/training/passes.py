@@ -32,6 +32,8 @@ class Running:
     candidates: int
     padded: bool = False
     """To the size of a graph: one example in it is at least two then, one of them made up."""
+    measures: bool = False
+    """And keeps nothing for a backward."""
 
     @property
     def smallest(self) -> bool:
