@@ -111,7 +111,7 @@ def test_findings(llama: PreTrainedTokenizerBase) -> None:
     found = check_encoded(cut, few_documents, tokenizer=llama, task="causal")
     assert [finding.what for finding in found] == [
         "10% of the training examples are cut.",
-        "The validation examples come from 2 document(s): standard errors will be rough.",
+        "The validation examples come from 2 documents: standard errors will be rough.",
     ]
     found = check_encoded(few_documents, encode(rows(5), llama), tokenizer=llama, task="causal")
     assert [str(finding) for finding in found] == [

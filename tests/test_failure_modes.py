@@ -130,7 +130,7 @@ def test_examples_of_one_document_have_rough_errors_and_that_is_said(runs: Runs)
     rows = [{**row, "page": str(i % 3)} for i, row in enumerate(OTHERS[:30])]
     train = [{**row, "page": f"own {i}"} for i, row in enumerate(SUMS)]
     ran, found = runs(rows, "--group-column", "page", train=train)
-    assert "The validation examples come from 3 document(s): standard errors will be rough." in ran.err
+    assert "The validation examples come from 3 documents: standard errors will be rough." in ran.err
     assert not found.decision.confident, "three documents are too few to be sure of anything"
 
 

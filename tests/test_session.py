@@ -82,7 +82,8 @@ def test_neither_half_of_uneven_documents_is_too_small() -> None:
 def test_one_document_that_holds_nearly_all(seed: int) -> None:
     """Whichever comes first: neither half is of it alone, or has too few examples."""
     rows = [replace(e, group=0 if e.row < 50 else e.row) for e in examples(60)]
-    looked, fresh, _ = divide(rows, PLAN, seed=seed)
+    looked, fresh, notes = divide(rows, PLAN, seed=seed)
     assert min(len(looked), len(fresh)) >= FRESH_LEAST
     assert min(len({e.group for e in half}) for half in (looked, fresh)) >= DOCUMENTS_LEAST
+    assert "is of 11 documents, too uneven to halve" in notes[0]
     assert not {e.row for e in looked} & {e.row for e in fresh}

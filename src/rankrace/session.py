@@ -236,9 +236,10 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
     if len(examples) >= 2 * FRESH_LEAST:
         begins = np.cumsum([0, *map(len, documents)])
         one, other = ([d[(b + side) % 2 :: 2] for b, d in zip(begins, documents, strict=False)] for side in range(2))
+        few = "few" if len(documents) < 2 * DOCUMENTS_LEAST else "uneven"
         note = (
-            f"The validation set is of {counted(len(documents), 'document')}, too few to halve, or too uneven: the "
-            "examples that report are others than those that chose the rank, but of the same ones."
+            f"The validation set is of {counted(len(documents), 'document')}, too {few} to halve: the examples that "
+            "report are others than those that chose the rank, but of the same ones."
         )
         return spread(one, looked), spread(other, plan.fresh), [note]
     note = (

@@ -136,9 +136,9 @@ def _findings(train: EncodedSet, validation: EncodedSet) -> list[Finding]:
         examples = counted(len(validation), "validation example")
         what = f"Only {examples}: the choice of the rank will be uncertain."
         findings.append(Finding(what, "Hold out more with --validation-fraction or --validation."))
-    documents = len({example.group for example in validation.examples})
-    if documents < min(10, len(validation)):
-        what = f"The validation examples come from {documents} document(s): standard errors will be rough."
+    if validation.documents < min(10, len(validation)):
+        documents = counted(validation.documents, "document")
+        what = f"The validation examples come from {documents}: standard errors will be rough."
         findings.append(Finding(what, "Hold out more with --validation-fraction."))
     return findings
 
