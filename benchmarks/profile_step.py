@@ -89,37 +89,6 @@ def table(go: Callable[[], None], device: torch.device, times: int, rows: int) -
         print(f"  {ms:9.2f} ms  {count:5d} ×  {name[:110]}")
 
 
-def products(device: torch.device, tokens: int, D_in: int, D_out: int, R: int) -> None:
-    """Ways to put x Wᵀ + h Bᵀ together, with the bare x Wᵀ as the floor: is there one that beats the bank's?"""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x_TD, W_OD = (
-        torch.randn(tokens, D_in, device=device, dtype=dtype),
-        torch.randn(D_out, D_in, device=device).to(dtype),
-    )
-    h_TR, B_OR = torch.randn(tokens, R, device=device, dtype=dtype), torch.randn(D_out, R, device=device).to(dtype)
-    joined_TD, joined_OD = torch.cat([x_TD, h_TR], 1), torch.cat([W_OD, B_OR], 1)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "the base alone": lambda: x_TD @ W_OD.T,
-        "base, then the adapter into it (the bank's way)": lambda: (x_TD @ W_OD.T).addmm_(h_TR, B_OR.T),
-        "adapter, then the base into it": lambda: (h_TR @ B_OR.T).addmm_(x_TD, W_OD.T),
-        "[x h][W B]ᵀ, joined beforehand": lambda: joined_TD @ joined_OD.T,
-        "[x h][W B]ᵀ, x and h joined each time": lambda: torch.cat([x_TD, h_TR], 1) @ joined_OD.T,
-    }
-    print(f"x [{tokens}, {D_in}] Wᵀ [{D_in}, {D_out}] + h Bᵀ, R = {R}")
-    for name, way in ways.items():
-        ms = []
-        for i in range(13):
-            wait_for(device)
-            began = time.perf_counter()
-            for _ in range(10):
-                way()
-            wait_for(device)
-            if i >= 3:
-                ms.append((time.perf_counter() - began) * 100)
-        best = statistics.median(ms)
-        print(f"  {best:8.3f} ms  {2 * tokens * D_in * D_out / best / 1e9:7.1f} TFLOP/s of base work  {name}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
@@ -132,18 +101,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm", type=int, default=4, help="steps before the clock starts; graphs want more")
     parser.add_argument("--table", type=int, default=25, help="kernels to list; 0: no profile")
-    parser.add_argument("--products", action="store_true", help="only compare ways to add an adapter's product")
     options = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}; {options}")
     ranks = tuple(int(r) for r in options.ranks.split(","))
-    if options.products:
-        D, inner = SHAPES[options.shape]["hidden_size"], SHAPES[options.shape]["intermediate_size"]
-        for D_in, D_out in ((D, D), (D, inner), (inner, D)):
-            products(device, options.micro_tokens, D_in, D_out, -(-max(ranks) // 8) * 8)
-        return
 
     train = made_up(read_lengths(options.lengths), SHAPES[options.shape]["vocab_size"], 50 * options.batch)
     hf = random_model(options.shape, device, options.layers)

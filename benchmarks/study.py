@@ -24,6 +24,7 @@ from rankrace.bank import Bank
 from rankrace.bench.record import provenance
 from rankrace.config import Quantize, RunConfig
 from rankrace.data import Data, encode_splits, make_encoder, split_rows
+from rankrace.data.encoded import FEW_DOCUMENTS
 from rankrace.data.sources import SourceRows
 from rankrace.select.learning_rate import default_lr, multiplier
 from rankrace.select.statistics import paired_difference
@@ -35,7 +36,6 @@ from rankrace.training.model import PackedModel, load_model, load_tokenizer
 
 ALPHA = 32.0
 LOOKED, FRESH = 256, 512
-LEAST_DOCUMENTS = 10
 
 
 def described(measured: Measured, cluster_N: np.ndarray) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def read(name: str, root: Path, config: RunConfig) -> Data:
     splits = find_task(name).splits(root, 0)
     train, validation = splits.train, splits.validation
     document = "document" if "document" in train[0] else None
-    if document and len({row[document] for row in validation}) < LEAST_DOCUMENTS:
+    if document and len({row[document] for row in validation}) < FEW_DOCUMENTS:
         held = set(sorted({row[document] for row in train})[::3])
         validation = [*validation, *(row for row in train if row[document] in held)]
         train = [row for row in train if row[document] not in held]

@@ -11,7 +11,7 @@ from rankrace.bank import Bank
 from rankrace.bank.candidates import padded
 from rankrace.config import RunConfig
 from rankrace.data import Data
-from rankrace.data.encoded import Task
+from rankrace.data.encoded import FEW_DOCUMENTS, Task
 from rankrace.select.build import opens, widest
 from rankrace.select.learning_rate import default_lr, rates_tried
 from rankrace.select.race import HEATS, PROBE
@@ -32,8 +32,6 @@ DEAR = 2.0
 """Times that share, from which it is said."""
 LOOK_ENOUGH = 64
 """Examples that a look measures at least, if there are as many; a short training gets fewer looks instead."""
-DOCUMENTS_LEAST = 5
-"""In either half of the held-out examples; of fewer, Student's t is above 2.8 and an error says little."""
 HOST_TOKENS = 4096
 """Of a pass on a CPU: longer ones are not faster there."""
 LEAST_TOKENS, MOST_TOKENS = 512, 32768
@@ -167,17 +165,17 @@ class Fitting:
         room, ample = FREE_SHARE * free - candidates, AMPLE_SHARE * (held + free) - held - candidates
         recompute, cost = probed(config, data, packed, room)
         shape, padding = shape_of(packed.model), padding_of(data)
-        plain = pass_tokens(worthwhile_tokens(shape, way_of(compiled, "off")), cost, room, padding)
+        plain = pass_tokens(worthwhile_tokens(shape, way_of(compiled, "off")), cost.tokens_in(room, padding))
         with_graphs = plain
         for _ in range(2):  # how much longer those are that measure hangs on how long these are
             apart = cost.apart(measures_longer(packed.model, with_graphs))
-            with_graphs = pass_tokens(graph_tokens(shape, apart, ample, padding), apart, room, padding)
+            with_graphs = pass_tokens(graph_tokens(shape, apart, ample, padding), apart.tokens_in(room, padding))
         return Fitting(plain=chosen or plain, with_graphs=chosen or with_graphs, recompute=recompute)
 
 
-def pass_tokens(wanted: int, cost: PassCost, room: float, padding: float) -> int:
-    """As many as are wanted, if a pass of them fits into so many bytes."""
-    return max(LEAST_TOKENS, min(wanted, cost.tokens_in(room, padding) // 512 * 512))
+def pass_tokens(wanted: int, fitting: int) -> int:
+    """Of a pass: as many as are wanted, or as fit."""
+    return max(LEAST_TOKENS, min(wanted, fitting // 512 * 512))
 
 
 def probed(config: RunConfig, data: Data, packed: PackedModel[Bank], room: float) -> tuple[bool, PassCost]:
@@ -288,7 +286,7 @@ def default_micro_tokens(model: PreTrainedModel, graphs: Switch = "off") -> int:
     shape = shape_of(model)
     values = shape.num_hidden_layers * (16 * shape.hidden_size + 6 * inner_width(shape))
     tokens = int(0.6 * free / (values * model.dtype.itemsize))
-    return max(LEAST_TOKENS, min(worthwhile_tokens(shape, way_of("off", graphs)), tokens // 512 * 512))
+    return pass_tokens(worthwhile_tokens(shape, way_of("off", graphs)), tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +334,7 @@ class LookPlan:
         measured = [ranks_measured(config, len(plan) + later) for plan in plans]
         affordable = [int(LOOK_SHARE * training / ranks) for ranks in measured]
         least = LOOK_ENOUGH
-        if (documents := data.validation.documents) < 2 * DOCUMENTS_LEAST:
+        if (documents := data.validation.documents) < FEW_DOCUMENTS:
             least = max(least, min(len(data.validation) // 2, documents * LOOK_ENOUGH))
         chosen = next((i for i, looked in enumerate(affordable) if looked >= least), len(plans) - 1)
         return LookPlan(

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from rankrace.bank import Bank, Candidates
 from rankrace.config import RunConfig
 from rankrace.data import Data
-from rankrace.data.encoded import Encoded, Task
+from rankrace.data.encoded import FEW_DOCUMENTS, Encoded, Task
 from rankrace.device import wait_for
 from rankrace.errors import RankraceError
-from rankrace.plan import DOCUMENTS_LEAST, LookPlan, measures_longer, resolved
+from rankrace.plan import LookPlan, measures_longer, resolved
 from rankrace.select.build import make_strategy, penalty_of
 from rankrace.select.ending import Ending, end
 from rankrace.select.learning_rate import lr_for, multiplier
@@ -215,9 +215,9 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
     """Validation → examples that choose, and fresh ones that only report; each spread over many documents.
 
     Returns:
-        Both, and notes. Whole documents are on either side where there are DOCUMENTS_LEAST for each; of fewer, each
-        gives some examples to either side. Where either half would have fewer than FRESH_LEAST examples, it is all of
-        them twice.
+        Both, and notes. Whole documents are on either side; of fewer than FEW_DOCUMENTS, or uneven ones, each gives
+        some examples to either side. Where either half would have fewer than FRESH_LEAST examples, it is all of them
+        twice.
     """
     members: dict[int, list[Encoded]] = {}
     for e in examples:
@@ -225,21 +225,21 @@ def divide(examples: Sequence[Encoded], plan: LookPlan, seed: int) -> tuple[list
     order = np.random.Generator(np.random.Philox(seed)).permutation(sorted(members))
     documents = [members[g] for g in order]
     looked = min(plan.looked, len(examples) // 2)
-    if len(documents) >= 2 * DOCUMENTS_LEAST:
-        most = min(LEAST_CLUSTERS, len(documents) // 2)
-        first = documents_for(documents[:-DOCUMENTS_LEAST], looked, least=most)
+    few = len(documents) < FEW_DOCUMENTS
+    if not few:
+        least = min(LEAST_CLUSTERS, len(documents) // 2)
+        first = documents_for(documents[: -FEW_DOCUMENTS // 2], looked, least=least)
         rest = documents[first:]
         rest = rest[: documents_for(rest, plan.fresh, least=LEAST_CLUSTERS)]
         halves = spread(documents[:first], looked), spread(rest, plan.fresh)
         if min(map(len, halves)) >= FRESH_LEAST:
             return halves[0], halves[1], []
     if len(examples) >= 2 * FRESH_LEAST:
-        begins = np.cumsum([0, *map(len, documents)])
-        one, other = ([d[(b + side) % 2 :: 2] for b, d in zip(begins, documents, strict=False)] for side in range(2))
-        few = "few" if len(documents) < 2 * DOCUMENTS_LEAST else "uneven"
+        begins = np.cumsum([0, *map(len, documents[:-1])])
+        one, other = ([d[(b + side) % 2 :: 2] for b, d in zip(begins, documents, strict=True)] for side in range(2))
         note = (
-            f"The validation set is of {counted(len(documents), 'document')}, too {few} to halve: the examples that "
-            "report are others than those that chose the rank, but of the same ones."
+            f"The validation set is of {counted(len(documents), 'document')}, too {'few' if few else 'uneven'} to "
+            "halve: the examples that report are others than those that chose the rank, but of the same ones."
         )
         return spread(one, looked), spread(other, plan.fresh), [note]
     note = (

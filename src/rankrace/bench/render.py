@@ -17,6 +17,8 @@ from rankrace.result import replace_text
 from rankrace.tasks import TASKS
 
 Mark = Callable[[str], str]
+Box = tuple[float, float, float, float]
+"""Left, lower, right, upper."""
 
 
 def write_all(table: Table, folder: Path) -> list[Path]:
@@ -190,22 +192,22 @@ def figure(table: Table, cost: str) -> str:
 
 def places(points: list[tuple[float, float, str]], font: float) -> list[tuple[int, int, str]]:
     """Of PLACES, for each point in pixels, the first where its name covers no other name and no other point."""
-    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y, _ in points]
-    chosen = []
-    for i, (x, y, name) in enumerate(points):
-        width = 0.58 * font * len(name)
-
-        def box(right: int, up: int, end: str, x: float = x, y: float = y, width: float = width):
-            left = x + right - (width if end == "right" else 0)
-            return left, y + up, left + width, y + up + font
-
-        others = [t for k, t in enumerate(taken) if k != i]
-        free = (p for p in PLACES if not any(overlap(box(*p), other) for other in others))
+    dots = [(x - 3, y - 3, x + 3, y + 3) for x, y, _ in points]
+    chosen, names = list[tuple[int, int, str]](), list[Box]()
+    for i, point in enumerate(points):
+        taken = [*dots[:i], *dots[i + 1 :], *names]
+        free = (p for p in PLACES if not any(overlap(box(*point, *p, font), other) for other in taken))
         chosen.append(next(free, PLACES[0]))
-        taken.append(box(*chosen[-1]))
+        names.append(box(*point, *chosen[-1], font))
     return chosen
 
 
-def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    """Of two boxes: left, lower, right, upper."""
+def box(x: float, y: float, name: str, right: int, up: int, end: str, font: float) -> Box:
+    """What the name of a point covers at one of PLACES."""
+    width = 0.58 * font * len(name)
+    left = x + right - (width if end == "right" else 0)
+    return left, y + up, left + width, y + up + font
+
+
+def overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -10,7 +10,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rankrace.data import Data
-from rankrace.data.encoded import Encoded, EncodedSet, Task
+from rankrace.data.encoded import FEW_DOCUMENTS, Encoded, EncodedSet, Task
 from rankrace.errors import RankraceError
 from rankrace.words import counted
 
@@ -136,7 +136,7 @@ def _findings(train: EncodedSet, validation: EncodedSet) -> list[Finding]:
         examples = counted(len(validation), "validation example")
         what = f"Only {examples}: the choice of the rank will be uncertain."
         findings.append(Finding(what, "Hold out more with --validation-fraction or --validation."))
-    if validation.documents < min(10, len(validation)):
+    if validation.documents < min(FEW_DOCUMENTS, len(validation)):
         documents = counted(validation.documents, "document")
         what = f"The validation examples come from {documents}: standard errors will be rough."
         findings.append(Finding(what, "Hold out more with --validation-fraction."))
